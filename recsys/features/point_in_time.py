@@ -7,7 +7,7 @@ __all__ = ['DAY', 'PAIR', 'encode', 'sessions_of', 'pairs_of', 'row_pointers', '
            'category_codes', 'snapshot', 'save_arrays', 'load_arrays']
 
 # %% ../../nbs/2_features/02_point_in_time.ipynb #03cb07da
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +24,21 @@ def _codes(ids: pl.Series, name: str) -> pl.DataFrame:
     return pl.DataFrame({"id": ids, name: np.arange(len(ids), dtype=np.int32)})
 
 def encode(events: pl.LazyFrame, items: pl.Series, target: str = "purchase") -> tuple[pl.DataFrame, pl.Series]:
-    """Lines (user, session, item, type, ts, price), one for each distinct item of a session and event type, sorted by user and time.
+    """Lines (user, session, item, type, ts, known, price), one for each distinct item of a session and event type, sorted by user and time.
 
-    `ts` is in epoch seconds, `price` the mean unit price (float32, may be null), `session` a dense code that grows with (user, time).
+    `ts` is when it happened and `known` when the shop knew of it, epoch seconds; `price` the mean unit price (float32, may be null);
+    `session` a dense code that grows with (user, time).
     Also returns the sorted user ids; a user's code is the position there. `RecsysError` when no event of type `target` is left."""
     e = (events.filter(pl.col("consent") & pl.col("item_id").is_not_null())
          .select(user_id=pl.coalesce("user_id", "visitor_id"), session_id="session_id", item_id="item_id", type="event_type",
-                 ts=pl.col("ts").dt.epoch("s"), price=pl.col("price").cast(pl.Float32)).collect())
+                 ts=pl.col("ts").dt.epoch("s"), known=pl.max_horizontal("ts", "received_ts").dt.epoch("s"), price=pl.col("price").cast(pl.Float32)).collect())
     if not (e["type"] == target).any():
         raise RecsysError(f"no '{target}' events to learn from", "events", "set target_event in [data] of settings.ini to a type that the log has")
     users, coded = _codes(e["user_id"], "user"), pl.DataFrame({"id": items, "item": np.arange(len(items), dtype=np.int32)})
     lines = (e.join(users, left_on="user_id", right_on="id").join(coded, left_on="item_id", right_on="id")
-             .group_by("user", "session_id", "item", "type").agg(pl.col("ts").min(), pl.col("price").mean())
+             .group_by("user", "session_id", "item", "type").agg(pl.col("ts", "known").min(), pl.col("price").mean())
              .sort("user", pl.col("ts").min().over("user", "session_id"), "session_id", "ts", "item", "type"))
-    return lines.select("user", pl.struct("user", "session_id").rle_id().cast(pl.Int32).alias("session"), "item", "type", "ts", "price"), users["id"]
+    return lines.select("user", pl.struct("user", "session_id").rle_id().cast(pl.Int32).alias("session"), "item", "type", "ts", "known", "price"), users["id"]
 
 # %% ../../nbs/2_features/02_point_in_time.ipynb #65649d42
 def sessions_of(lines: pl.DataFrame) -> pl.DataFrame:
@@ -162,8 +163,8 @@ def snapshot(lines: pl.DataFrame, categories: np.ndarray, n_users: int, running:
     item_x [items, len(ITEM)], user_x [users, len(USER)], category [items, 3]; pairs of user and item (`bought_*`, the `history` strongest
     per user), user and category (`kind_*`), user and department (`department_*`) as compressed rows of PAIR columns; `recent_*`;
     user_lines [users]: lines of each user."""
-    lines = lines.filter(pl.col("ts") < moment)
-    if not lines.height: raise RecsysError("no events before the moment", datetime.utcfromtimestamp(moment).isoformat(), "choose a later --date")
+    lines = lines.filter(pl.col("known") < moment)
+    if not lines.height: raise RecsysError("no events before the moment", datetime.fromtimestamp(moment, timezone.utc).isoformat(), "choose a later --date")
     sessions, code = sessions_of(lines), lambda level: pl.Series(categories[lines["item"].to_numpy(), level])
     kinds = lines.with_columns(kind=code(0), department=code(categories.shape[1] - 1))
     pairs, *wider = (pairs_of(kinds, sessions, k, moment, half_life, windows) for k in ("item", "kind", "department"))
