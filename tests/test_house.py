@@ -176,6 +176,7 @@ def test_each_room_has_its_notebook_and_each_notebook_its_room():
     assert [ids(p) for p, e in exported.items() if e and p not in LIBRARY] == []
     assert {ids(p): e for p, e in exported.items() if p in LIBRARY} == {ids(p): f"{p.parent.name[2:]}.{p.stem[3:]}" for p in LIBRARY}
     assert [ids(p) for p in LIBRARY if p.parent.name[2:] not in WINGS or not re.fullmatch(r"\d\d_\w+", p.stem)] == []
+    assert [p for p, n in Counter((p.parent.name, p.stem[:2]) for p in LIBRARY).items() if n > 1] == []
     assert sorted(f"recsys/{e.replace('.', '/')}.py" for e in exported.values() if e) == [ids(p) for p in MODULES]
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)

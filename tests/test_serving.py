@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from recsys.candidates.blend import State
-from recsys.candidates.covisitation import follow, together
+from recsys.candidates.covisitation import _rows, _strongest, follow, together
 from recsys.core.settings import RecsysError
 from recsys.features.definitions import ABSENT, ITEM, NAMES, SOURCES, USER
 from recsys.features.point_in_time import DAY, sessions_of
@@ -123,16 +123,13 @@ def test_strangers(engine):
     assert recommend(engine, Request(user_id="u3"), "r").fallback_level == recommend(engine, Request(cart=["i3"]), "r").fallback_level == 0
 
 @pytest.mark.xfail(strict=True, reason="items beyond the 200th of cart + items are not barred")
-def test_what_is_looked_at_never_comes_back_even_behind_a_full_cart(engine):
-    looked_at = [f"i{k}" for k in range(N_ITEMS)]
-    big = SimpleNamespace(state=engine.state, work=engine.work, ranker=engine.ranker, rank=engine.rank,
-                          bundle=engine.bundle._replace(item_codes=engine.bundle.item_codes | {f"old{k}": 59 for k in range(1)} | {f"x{k}": 1 for k in range(1)}))
-    many = Engine(tables(n=300, seed=5), engine.ranker, 150, 250, engine.bundle._replace(item_codes={f"i{k}": k for k in range(300)},
-                  items=pl.DataFrame(dict(item_id=[f"i{k}" for k in range(300)]))))
-    popular = [int(i) for i in many.state.segment_items[0] if many.state.sellable[i]]
-    cart = [f"i{k}" for k in range(300) if k not in popular][:200]
-    seen = {s.item_id for s in recommend(many, Request(cart=cart, items=[f"i{k}" for k in popular], n=500), "r").items}
-    assert not seen & {f"i{k}" for k in popular}
+def test_what_is_looked_at_never_comes_back_even_behind_a_full_cart(shop, tmp_path):
+    (tmp_path/"ranker.txt").write_bytes((shop/"ranker.txt").read_bytes())
+    b = open_bundle(publish(tmp_path, state=tables(n=300, seed=5), n=300))
+    popular = [f"i{k}" for k in b.state.segment_items[0]]
+    cart = [i for i in b.item_codes if i not in popular][:200]
+    found = recommend(Engine(b.state, b.ranker, 150, 250, b), Request(cart=cart, items=popular, n=500), "r").items
+    assert found and not {s.item_id for s in found} & set(popular)
 
 @settings(max_examples=30)
 @given(data=st.lists(st.tuples(st.integers(-1, N_USERS - 1), st.lists(st.integers(0, N_ITEMS - 1), max_size=8, unique=True)), max_size=12), k=st.integers(1, 40))
@@ -259,6 +256,13 @@ def test_covisitation_with_the_next_session_equals_the_dense_matrix(lines, k):
     weight = .5 ** ((moment - sessions["ts"].to_numpy()) / DAY / 20) / np.sqrt(sessions["size"].to_numpy())
     left = [(i, code[after[s]]) for _, s, i, _, _ in lines.rows() if s in after]
     agree(*follow(lines, sessions, 7, moment, 20, k), dense(left, [(i, code[s]) for _, s, i, _, _ in lines.rows()], weight), k)
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="an item whose contexts weigh nothing is noted again and again, past the end of `touched`")
+def test_sessions_that_no_longer_count_are_passed_over():
+    "2 ** -(age / half-life) is 0 in float32 after some 150 half-lives; the kernel is run as plain Python, which sees the ends of arrays."
+    item, context, nothing = np.tile(np.arange(3), 50), np.repeat(np.arange(50), 3), np.zeros(50, np.float32)
+    ids_, scores = _strongest.py_func(*_rows(item, context, 3), *_rows(context, item, 50), nothing, np.zeros(3, np.float32), np.zeros(3, np.float32), np.float32(5), 2)
+    assert (ids_ == -1).all() and not scores.any()
 
 # ---- bundle
 
@@ -421,7 +425,8 @@ def test_health_and_readiness(server):
     ("GET", "/v1/recommend", None, {}, 405, "method_not_allowed"), ("HEAD", "/v1/recommend", None, {}, 405, None), ("POST", "/healthz", b"{}", None, 405, "method_not_allowed"),
     ("OPTIONS", "/v1/recommend", None, {}, 405, "method_not_allowed"), ("POST", "/v1/recommend", b"{}", {}, 415, "unsupported_media_type"),
     ("POST", "/v1/recommend", b"{}", {"content-type": "text/plain"}, 415, "unsupported_media_type"),
-    ("POST", "/v1/recommend", b"x" * 262145, None, 413, "too_large"), ("POST", "/v1/recommend", iter([b"x" * 100_000] * 4), {"content-type": "application/json"}, 413, "too_large"),
+    ("POST", "/v1/recommend", b"x" * 262145, None, 413, "too_large"), ("POST", "/v1/recommend", b"x" * 4_000_000, None, 413, "too_large"),
+    ("POST", "/nothing", b"x" * 4_000_000, None, 404, "not_found"), ("POST", "/v1/recommend", b"x" * 4_000_000, {}, 415, "unsupported_media_type"), ("POST", "/v1/recommend", iter([b"x" * 100_000] * 4), {"content-type": "application/json"}, 413, "too_large"),
     ("POST", "/v1/recommend", iter([b'{"n"', b":1}"]), {"content-type": "application/json"}, 200, None), ("POST", "/v1/recommend", b"{" + b" " * 262142 + b"}", None, 200, None),
     ("POST", "/v1/recommend", b"", None, 400, "invalid_json"), ("POST", "/v1/recommend", b'{"n": 101}', None, 400, "invalid_request"), ("POST", "/v1/recommend", b'{"n": 0}', None, 400, "invalid_request")])
 def test_statuses(server, method, path, body, headers, status, code):
@@ -486,7 +491,9 @@ def gone(pid, seconds=15):
         time.sleep(.05)
     return False
 
-def workers_of(pid): return [c.pid for c in psutil.Process(pid).children() if "spawn_main" in " ".join(c.cmdline())]
+def workers_of(pid):
+    alive = [c for c in psutil.Process(pid).children() if c.status() != psutil.STATUS_ZOMBIE]
+    return [c.pid for c in alive if "spawn_main" in " ".join(c.cmdline())]
 
 def test_sigterm_ends_it_cleanly_and_a_dead_worker_is_replaced(shop):
     with serving(shop, workers=2) as (process, port):
@@ -494,7 +501,7 @@ def test_sigterm_ends_it_cleanly_and_a_dead_worker_is_replaced(shop):
         assert len(first) == 2 and {ask(port)[0] for _ in range(20)} == {200}
         os.kill(first[0], signal.SIGKILL)
         end = time.monotonic() + 30
-        while time.monotonic() < end and (len(now := [w for w in workers_of(process.pid) if not gone(w, .01)]) < 2 or first[0] in now): time.sleep(.1)
+        while time.monotonic() < end and (len(now := workers_of(process.pid)) < 2 or first[0] in now): time.sleep(.1)
         assert len(now) == 2 and first[1] in now
         idle = http.client.HTTPConnection("127.0.0.1", port, timeout=10); idle.request("GET", "/healthz"); idle.getresponse().read()  # stays open
         begin = time.monotonic()

@@ -85,6 +85,7 @@ def judge(ours: np.ndarray, baselines: dict[str, np.ndarray], cases: Cases, hist
 
     `ours` and `baselines`: lists int32 [cases, k]; `history`: items of each user before; `recall` from `candidate_recall`, for these cases."""
     targets, e = Targets(cases.target_ptr, cases.target), settings.evaluation
+    baselines = {n: l for i, (n, l) in enumerate(baselines.items()) if not any(np.array_equal(l, m) for m in list(baselines.values())[:i])}
     metrics, per_case = _figures(ours, targets, cases.user, share, categories, settings)
     told = {name: _figures(lists, targets, cases.user, share, categories, settings) for name, lists in baselines.items()}
     main = f"ndcg@{e.cutoffs[0]}"

@@ -67,8 +67,9 @@ def _recommend(a):
     bundle = current_bundle(bundles_folder(s))
     if unknown := [i for i in _ids(a.cart) if i not in bundle.item_codes]: print(f"recsys: not in the catalogue: {', '.join(unknown)}", file=sys.stderr)
     if a.user and a.user not in bundle.user_codes: print(f"recsys: nothing is known of user {a.user}", file=sys.stderr)
-    answer = recommend(Engine(bundle.state, bundle.ranker, s.candidates.per_source, s.candidates.budget, bundle),
-                       Request(n=a.n, user_id=a.user or None, cart=_ids(a.cart), explain=a.explain), uuid.uuid4().hex)
+    engine = Engine(bundle.state, bundle.ranker, s.candidates.per_source, s.candidates.budget, bundle)
+    recommend(engine, Request(cart=_ids(a.cart)), "warm-up")  # the first request of a process loads compiled code; the time shown is that of a warm one
+    answer = recommend(engine, Request(n=a.n, user_id=a.user or None, cart=_ids(a.cart), explain=a.explain), uuid.uuid4().hex)
     print(msgspec.json.encode(answer).decode()) if a.json else _table(answer)
     return 0
 
@@ -80,7 +81,7 @@ def _table(answer):
     table = Table(caption=f"model {answer.model_version}, {answer.took_ms:.1f} ms, fallback level {answer.fallback_level}")
     for name in ("#", "item", "title", "score", "sources", "why"): table.add_column(name, justify="right" if name in ("#", "score") else "left", overflow="fold")
     for i in answer.items:
-        why = "; ".join(i.reason) + "".join(f"\n{k} {v:+.3f}" for k, v in i.contributions.items())
+        why = "; ".join(i.reason[:2]) + "".join(f"\n{k} {v:+.3f}" for k, v in i.contributions.items())
         table.add_row(*map(Text, (str(i.rank), i.item_id, i.title or "", f"{i.score:.3f}", ", ".join(i.source), why)))
     Console().print(table)
 

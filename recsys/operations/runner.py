@@ -96,27 +96,32 @@ class _Peak:
             if note := read_progress(self._out): self._tell(note)
 
 # %% ../../nbs/9_operations/04_runner.ipynb #ea47721c
-def _said(error) -> str:
+def _failure(error, job: str) -> RecsysError:
     "One line for what went wrong in a notebook (papermill's exception)."
     text = " ".join(str(error.evalue).split())
-    return text if error.ename == "RecsysError" else f"{error.ename}: {text}"
+    if error.ename == "RecsysError": return RecsysError(text)
+    return RecsysError(f"{error.ename}: {text}", f"job {job}", "this is a bug; its page under reports/runs has the traceback")
 
 def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     "Run `notebook` into `output` with papermill; `RecsysError` with one line when a cell fails."
     import logging
     import papermill
+    from traitlets.config import Config
     for name in ("papermill", "traitlets"): logging.getLogger(name).setLevel(logging.CRITICAL)
     before = {k: os.environ.get(k) for k in ("RECSYS_SETTINGS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "POLARS_MAX_THREADS", "PYDEVD_DISABLE_FILE_VALIDATION")}
     threads = str(settings.run.threads)
     os.environ.update(RECSYS_SETTINGS=settings.file, OMP_NUM_THREADS=threads, NUMBA_NUM_THREADS=threads, POLARS_MAX_THREADS=threads, PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:
         papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
+                                   config=Config(KernelManager=dict(transport="ipc")),  # a socket file that others cannot reach, not a TCP port
                                    cwd=str(Path(settings.file).parent), request_save_on_cell_execute=False)
-    except papermill.exceptions.PapermillExecutionError as e: raise RecsysError(_said(e), f"job {notebook.stem}", "see its page under reports/runs") from None
+    except papermill.exceptions.PapermillExecutionError as e: raise _failure(e, notebook.stem) from None
     finally:
         for k, v in before.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
 # %% ../../nbs/9_operations/04_runner.ipynb #557ee1c7
+def _relative(path: Path, settings: Settings) -> str: return os.path.relpath(path, Path(settings.file).parent)
+
 def run_step(step: Step, folder: Path, parameters: dict, settings: Settings, pages: Path, on_progress=lambda note: None) -> dict:
     """Execute `step` so that its result appears as `folder`; what step.json says: seconds, peak_rss_mb.
 
@@ -125,7 +130,7 @@ def run_step(step: Step, folder: Path, parameters: dict, settings: Settings, pag
     start = time.time()
     with atomic_dir(folder) as tmp, _Peak(tmp, on_progress) as peak:
         notebook, crumbs = tmp/f"{step.name}.ipynb", [("All runs", "../../index.html"), (pages.name, "")]
-        try: execute(jobs_folder(settings)/f"{step.name}.ipynb", notebook, parameters | dict(out=str(tmp)), settings)
+        try: execute(jobs_folder(settings)/f"{step.name}.ipynb", notebook, parameters | dict(out=_relative(tmp, settings)), settings)
         except RecsysError:
             if notebook.exists():
                 pages.mkdir(parents=True, exist_ok=True); shutil.copyfile(notebook, pages/notebook.name)
@@ -166,7 +171,7 @@ def copy_pages(folder: Path, pages: Path):
 def do_step(step: Step, folder: Path, parents: dict[str, Path], settings: Settings, date: str, pages: Path, say) -> str:
     "Run `step` unless its result is there: done or skipped."
     if folder.is_dir(): return "skipped"
-    given = {p: str(parents[p]) for p in step.parents} | ({} if step.parents else dict(date=date))
+    given = {p: _relative(parents[p], settings) for p in step.parents} | ({} if step.parents else dict(date=date))
     checked_parameters(jobs_folder(settings)/f"{step.name}.ipynb", given)
     run_step(step, folder, given, settings, pages, lambda note: say("progress", step, note))
     return "done"
@@ -221,7 +226,7 @@ def run_job(name: str, given: dict[str, str], settings: Settings) -> Path:
     pages = settings.reports_dir/"runs"/f"{name}-{now:%Y%m%dT%H%M%S}"
     with full_disk_is_clear(pages): pages.mkdir(parents=True, exist_ok=True)
     (pages/"out").mkdir(exist_ok=True)
-    values.setdefault("out", str(pages/"out"))
+    values.setdefault("out", _relative(pages/"out", settings))
     try: execute(notebook, pages/notebook.name, values, settings)
     finally:
         if (pages/notebook.name).exists(): to_html(pages/notebook.name, pages/f"{name}.html", name.capitalize(), [("All runs", "../../index.html")])

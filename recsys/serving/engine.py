@@ -89,7 +89,7 @@ def reasons_of(x: np.ndarray, sources: list[str], placed_by: str | None) -> list
     times, days = x[_column("bought_count")], x[_column("bought_days_since")]
     say = {"repeat": f"bought {times:.0f} × before, last {days:.0f} days ago", "together": "often bought with what is in the cart",
            "follow": "often follows what was bought lately", "vector": "close to this user's taste",
-           "vector_cart": "fits the cart", "segment": "popular with similar users"}
+           "vector_cart": "fits the cart", "segment": "popular with similar users" if x[_column("user_recency_days")] >= 0 else "popular in the shop"}
     ordered = ([placed_by] if placed_by else []) + [s for s in sources if s != placed_by]
     return [say[s] for s in ordered]
 
