@@ -45,11 +45,11 @@ class Scratch(NamedTuple):
     "A worker's own space; all zero between requests."
     bought: np.ndarray     # [I] int32: position in the user's own items, from 1
     slot: np.ndarray       # [I] int32: position among the candidates, from 1; -1: must not be shown
-    together: np.ndarray; together_max: np.ndarray; follow: np.ndarray; follow_max: np.ndarray; near: np.ndarray  # [I] float32
+    together: np.ndarray; together_max: np.ndarray; follow: np.ndarray; follow_max: np.ndarray; near: np.ndarray; near_max: np.ndarray  # [I] float32
 
 def scratch_for(n_items: int) -> Scratch:
     "Fresh scratch space."
-    return Scratch(*(np.zeros(n_items, np.int32) for _ in range(2)), *(np.zeros(n_items, np.float32) for _ in range(5)))
+    return Scratch(*(np.zeros(n_items, np.int32) for _ in range(2)), *(np.zeros(n_items, np.float32) for _ in range(6)))
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #cbc16c86
 @njit(cache=True, nogil=True)
@@ -89,8 +89,7 @@ def _lists(state, scratch, user, cart, lists, touched):
         for r in range(min(lists.shape[1], state.user_near.shape[1])): lists[3, r] = state.user_near[user, r]
     n_together = _spread(cart, np.float32(1), state.together_ids, state.together_scores, scratch.together, scratch.together_max, touched[1])
     _best(scratch.together, touched[1], n_together, lists[1])
-    unused = np.zeros(len(scratch.near), np.float32) if len(cart) else scratch.near
-    n_near = _spread(cart, np.float32(1), state.cart_ids, state.cart_scores, scratch.near, unused, touched[2])
+    n_near = _spread(cart, np.float32(1), state.cart_ids, state.cart_scores, scratch.near, scratch.near_max, touched[2])
     _best(scratch.near, touched[2], n_near, lists[4])
     popular = state.segment_items[state.segment[user] if user >= 0 else 0]
     for r in range(min(lists.shape[1], len(popular))): lists[5, r] = popular[r]
@@ -140,4 +139,4 @@ def clear(state, scratch, user, cart, barred, ids, n, counts, touched):
     for c in range(n): scratch.slot[ids[c]] = 0
     for a in range(counts[0]): scratch.follow[touched[0, a]] = scratch.follow_max[touched[0, a]] = 0
     for a in range(counts[1]): scratch.together[touched[1, a]] = scratch.together_max[touched[1, a]] = 0
-    for a in range(counts[2]): scratch.near[touched[2, a]] = 0
+    for a in range(counts[2]): scratch.near[touched[2, a]] = scratch.near_max[touched[2, a]] = 0

@@ -19,7 +19,7 @@ from ..core.files import full_disk_is_clear, write_json
 from ..core.settings import Settings
 from ..features.build import day_of, read_moments
 from ..features.definitions import ITEM
-from ..features.point_in_time import DAY, load_arrays, save_arrays, sessions_of
+from ..features.point_in_time import DAY, known_before, load_arrays, save_arrays, sessions_of
 
 # %% ../../nbs/3_candidates/07_build.ipynb #8a34e015
 RECENT_DAYS = 30  # what "popular in a segment" looks back on
@@ -60,7 +60,7 @@ def build_candidates(features: str | Path, out: str | Path, settings: Settings, 
     lines, n_users = pl.read_parquet(features/"lines.parquet"), pl.scan_parquet(features/"users.parquet").select(pl.len()).collect().item()
     target, walk = settings.data.target_event, None
     for moment in read_moments(features).all:
-        name, known = day_of(moment), lines.filter(pl.col("known") < moment)
+        name, known = day_of(moment), known_before(lines, moment)
         tables, bought = load_arrays(features/name), known.filter(pl.col("type") == target)
         category, sold = tables["category"], np.flatnonzero(tables["item_x"][:, [f.name for f in ITEM].index("item_share_long")] > 0)
         walk = walk or ThroughTime(len(category), e.dimensions, e.min_events, e.history_items, settings.run.seed,

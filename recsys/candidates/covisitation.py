@@ -26,6 +26,7 @@ def _strongest(left_ptr, left_context, right_ptr, right_item, weight, left_total
             m = 0
             for p in range(left_ptr[i], left_ptr[i + 1]):
                 c = left_context[p]
+                if weight[c] <= 0: continue  # too old to weigh anything in float32
                 for q in range(right_ptr[c], right_ptr[c + 1]):
                     j = right_item[q]
                     if j == i: continue

@@ -17,7 +17,7 @@ from .settings import RecsysError
 def _disk_full(e: BaseException) -> bool:
     "Does `e`, or what caused it, say that the disk is full?"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT): return True
-    return any(t in str(e) for t in ("No space left on device", "os error 28", "Disk quota exceeded"))
+    return any(t in str(e) for t in ("No space left on device", "os error 28", "Disk quota exceeded", "requested and"))
 
 @contextmanager
 def full_disk_is_clear(where: str | Path):
@@ -60,7 +60,9 @@ def atomic_dir(target: str | Path):
             os.chmod(tmp, 0o755)
             yield tmp
             for p in (*(q for q in tmp.rglob("*") if q.is_file()), tmp): _sync(p)
-            if not target.exists(): os.rename(tmp, target); _sync(target.parent)
+            try: os.rename(tmp, target); _sync(target.parent)
+            except OSError as e:  # somebody was first, with the same content
+                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
         finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/0_core/02_files.ipynb #e21a1034
@@ -92,17 +94,20 @@ def file_digest(path: str | Path) -> str:
     path, h = Path(path), hashlib.sha256()
     if not path.exists(): raise RecsysError("no such file", str(path), "check the path")
     for p in [path] if path.is_file() else sorted(q for q in path.rglob("*") if q.is_file()):
-        if p != path: h.update(p.relative_to(path).as_posix().encode())
+        if p != path: h.update(f"{p.relative_to(path).as_posix()}\0{p.stat().st_size}\0".encode())
         with p.open("rb") as f:
             while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()[:16]
 
 # %% ../../nbs/0_core/02_files.ipynb #77fe0cae
-def _imports(source: str) -> set[str]:
-    "Names of the modules that Python source imports."
+def _imports(source: str, module: tuple[str, ...] = ()) -> set[str]:
+    "Names of the modules that Python source may import; `module`: its own dotted name in parts, for relative imports."
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module: found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        if isinstance(node, ast.ImportFrom):
+            base = (*module[:-node.level], *(node.module or "").split(".")) if node.level else tuple((node.module or "").split("."))
+            name = ".".join(p for p in base if p)
+            found |= {name, *(f"{name}.{a.name}" for a in node.names)}
         elif isinstance(node, ast.Import): found |= {a.name for a in node.names}
     return found
 
@@ -121,7 +126,8 @@ def code_files(path: str | Path, package: str | Path) -> list[Path]:
         file = todo.pop()
         if file in seen: continue
         seen.add(file)
-        for name in _imports(_source(file)):
+        own = (package.name, *file.relative_to(package).with_suffix("").parts) if file.is_relative_to(package) else ()
+        for name in _imports(_source(file), own):
             if name.split(".")[0] != package.name: continue
             module = package.joinpath(*name.split(".")[1:]).with_suffix(".py") if "." in name else package/"__init__.py"
             if module.is_file(): todo.append(module)

@@ -8,7 +8,7 @@ __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Da
            'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
-import os
+import math, os
 from configparser import ConfigParser, Error as IniError
 from pathlib import Path
 from typing import Annotated, get_origin, get_type_hints
@@ -52,7 +52,7 @@ class Checks(Section):
     silent_days: Positive
 
 class Features(Section):
-    windows_days: tuple[Positive, ...]
+    windows_days: Annotated[tuple[Positive, ...], Meta(min_length=2)]
     rate_prior: Above0
     history_items: Positive
     recent_items: Positive
@@ -60,7 +60,7 @@ class Features(Section):
 # %% ../../nbs/0_core/01_settings.ipynb #9fb5492c
 class Candidates(Section):
     neighbours: Positive
-    pairs: tuple[Annotated[str, Meta(pattern=r"^\w+>\w+:[0-9.]+$")], ...]
+    pairs: Annotated[tuple[Annotated[str, Meta(pattern=r"^\w+>\w+:\d*\.?\d+$")], ...], Meta(min_length=1)]
     half_life_days: Above0
     per_source: Positive
     budget: Annotated[int, Meta(ge=10, le=1000)]
@@ -92,7 +92,7 @@ class Ranker(Section):
 class Evaluation(Section):
     test_days: Positive
     validation_days: Positive
-    cutoffs: tuple[Positive, ...]
+    cutoffs: Annotated[tuple[Positive, ...], Meta(min_length=1)]
     bootstrap_samples: Annotated[int, Meta(ge=100)]
 
 class Drift(Section):
@@ -155,9 +155,10 @@ def _overrides(sections, environ) -> dict[str, dict[str, str]]:
     "What the environment says about the settings: {section: {key: text}}."
     found: dict[str, dict[str, str]] = {}
     for name, value in environ.items():
-        for section in sections:
-            prefix = f"RECSYS_{section.upper()}_"
-            if name.startswith(prefix): found.setdefault(section, {})[name[len(prefix):].lower()] = value
+        if not name.startswith("RECSYS_") or name == "RECSYS_SETTINGS": continue
+        section, _, key = name.removeprefix("RECSYS_").lower().partition("_")
+        if section not in sections: raise RecsysError("names no section of settings.ini", f"environment variable {name}", f"write RECSYS_<SECTION>_<KEY>; sections: {', '.join(sections)}")
+        found.setdefault(section, {})[key] = value
     return found
 
 # %% ../../nbs/0_core/01_settings.ipynb #6183576f
@@ -169,9 +170,11 @@ def _convert(section: str, values: dict[str, str], struct: type, file: str):
     for key, value in split.items():
         if key not in kinds:
             raise RecsysError(f"unknown key '{key}' in [{section}]", file, f"known keys: {', '.join(kinds)}")
-        try: msgspec.convert(value, get_type_hints(struct, include_extras=True)[key], strict=False)
+        try: found = msgspec.convert(value, get_type_hints(struct, include_extras=True)[key], strict=False)
         except msgspec.ValidationError as e:
             raise RecsysError(f"[{section}] {key} = {values[key]!r}: {str(e).split(' - at')[0]}", file, "correct the value") from None
+        if isinstance(found, float) and not math.isfinite(found):
+            raise RecsysError(f"[{section}] {key} = {values[key]!r}: not a finite number", file, "correct the value")
     if missing := [k for k in kinds if k not in split]:
         raise RecsysError(f"[{section}] lacks {', '.join(missing)}", file, "copy the key from the settings.ini of the repository")
     return msgspec.convert(split, struct, strict=False)

@@ -19,7 +19,7 @@ from .metrics import Targets, buyer_share, evaluate, hits, paired_bootstrap, res
 from ..features.build import day_of, read_moments
 from ..features.definitions import ABSENT, SOURCES
 from ..ranking.ranker import load_ranker
-from ..ranking.rows import Cases, candidate_rows, work_for
+from ..ranking.rows import MAX_CONTEXT, Cases, candidate_rows, work_for
 from ..ranking.train import cases_after
 from ..serving.engine import Engine, rank_cases
 
@@ -56,7 +56,7 @@ def candidate_recall(state: State, cases: Cases, per_source: int, budget: int) -
     work, nobody = work_for(state, per_source, budget), np.zeros(0, np.int32)
     found = {s: np.zeros(len(cases.user)) for s in (*SOURCES, "union")}
     for c, user in enumerate(cases.user):
-        n = candidate_rows(state, work, user, cases.cart[cases.cart_ptr[c]:cases.cart_ptr[c + 1]][:200], nobody)
+        n = candidate_rows(state, work, int(user), cases.cart[cases.cart_ptr[c]:cases.cart_ptr[c + 1]][:MAX_CONTEXT], nobody)
         target = cases.target[cases.target_ptr[c]:cases.target_ptr[c + 1]]
         bought = np.isin(work.ids[:n], target)
         for s, name in enumerate(SOURCES): found[name][c] = (bought & (work.ranks[:n, s] < ABSENT)).sum() / len(target)

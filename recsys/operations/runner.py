@@ -50,7 +50,7 @@ def declared_parameters(notebook: Path) -> dict:
     "Names assigned in the cell tagged `parameters`, with their defaults; `RecsysError` if there is no such cell."
     import ast
     try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except FileNotFoundError: raise RecsysError("no such job", str(notebook), f"jobs: {', '.join(sorted(p.stem for p in notebook.parent.glob('*.ipynb')))}") from None
+    except FileNotFoundError: raise RecsysError("no such job", notebook.stem, f"jobs: {', '.join(sorted(p.stem for p in notebook.parent.glob('*.ipynb')))}") from None
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1: raise RecsysError(f"{len(tagged)} cells are tagged 'parameters'", notebook.name, "tag exactly one")
     found = {}

@@ -40,7 +40,8 @@ ROUTES = {"/healthz": ("GET", "HEAD"), "/readyz": ("GET", "HEAD"), "/v1/recommen
 def check_route(method: str, path: str):
     "`Refused` unless `path` exists and takes `method`."
     if path not in ROUTES: raise Refused(404, "not_found", "no such address; try POST /v1/recommend")
-    if method not in ROUTES[path]: raise Refused(405, "method_not_allowed", f"use {' or '.join(ROUTES[path])}", allow=", ".join(ROUTES[path]))
+    allowed = ROUTES[path]
+    if method not in allowed: raise Refused(405, "method_not_allowed", f"use {' or '.join(allowed)}", allow=", ".join(allowed))
 
 # %% ../../nbs/5_serving/03_app.ipynb #4bc0d041
 def check_media(headers):
@@ -126,7 +127,8 @@ class App:
         try: self.engine = self.load()
         except RecsysError as e: self.tell((e.what, e.where, e.todo))
         except Exception as e:
-            log.exception("a worker could not load the bundle"); self.tell((f"could not be loaded ({type(e).__name__})", "bundle", "see the log"))
+            log.exception("a worker could not load the bundle")
+            self.tell((f"could not be loaded ({type(e).__name__})", "bundle", "see the log"))
         else: self.tell(None)
         if parent := multiprocessing.parent_process(): parent.join(); os.kill(os.getpid(), signal.SIGTERM)
 
@@ -185,7 +187,8 @@ def reserved(host: str, port: int):
             alone.bind(to); to = alone.getsockname(); alone.listen(1); alone.close()
             kept.bind(to)
         except OSError as e:
-            raise RecsysError(f"cannot listen here ({e.strerror})", where, "stop the other program, or change host or port in [serving] of settings.ini") from None
+            todo = "stop the other program, or change host or port in [serving] of settings.ini"
+            raise RecsysError(f"cannot listen here ({e.strerror})", where, todo) from None
         yield to[0], to[1]
 
 # %% ../../nbs/5_serving/03_app.ipynb #0b6b616e

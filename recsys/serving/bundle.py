@@ -16,6 +16,8 @@ import polars as pl
 from ..candidates.blend import State, load_state
 from ..core.files import atomic_dir, file_digest, full_disk_is_clear, read_json, write_json
 from ..core.settings import RecsysError
+from ..features.definitions import ITEM, USER
+from ..features.point_in_time import PAIR
 from ..ranking.ranker import load_ranker
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #fdb8ad51
@@ -69,32 +71,46 @@ def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker:
     return target
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #feacbfdd
+def _shapes(b: Bundle) -> dict[str, tuple]:
+    "The shape that every table must have; None: any length."
+    s, n, m, p = b.state, len(b.items), len(b.user_codes), len(PAIR)
+    k, near, d = s.together_ids.shape[-1], s.cart_ids.shape[-1], s.vector_in.shape[-1]
+    follow, rows = s.follow_ids.shape[-1], lambda name: len(getattr(s, f"{name}_key"))
+    pairs = {f"{t}_{part}": shape for t in ("bought", "kind", "department") for part, shape in (("ptr", (m + 1,)), ("key", (None,)), ("x", (rows(t), p)))}
+    return pairs | dict(item_x=(n, len(ITEM)), user_x=(m, len(USER)), category=(n, 3), recent_ptr=(m + 1,), recent_key=(None,), user_lines=(m,),
+        together_ids=(n, k), together_scores=(n, k), follow_ids=(n, follow), follow_scores=(n, follow), cart_ids=(n, near), cart_scores=(n, near),
+        vector_in=(n, d), vector_out=(n, d), user_vector=(m, d), user_near=(m, None), segment=(m,), segment_items=(None, None), sellable=(n,))
+
 def _check(b: Bundle):
-    "Do all tables agree on the numbers of items and users, and do codes stay in range?"
-    s, n, m = b.state, len(b.items), len(b.user_codes)
-    rows = dict(item_x=n, category=n, together_ids=n, follow_ids=n, cart_ids=n, vector_in=n, vector_out=n, sellable=n, user_x=m, user_vector=m,
-                user_near=m, segment=m, user_lines=m, bought_ptr=m + 1, kind_ptr=m + 1, department_ptr=m + 1, recent_ptr=m + 1)
-    for name, expected in rows.items():
-        if len(getattr(s, name)) != expected: raise RecsysError(f"{name} has {len(getattr(s, name))} rows for {expected}", str(b.folder), "build it again")
-    for name in ("bought_key", "recent_key", "together_ids", "follow_ids", "cart_ids", "user_near", "segment_items"):
+    "Raise `RecsysError` naming the first table that compiled code must not see."
+    s, n = b.state, len(b.items)
+    def need(ok, name, what):
+        if not ok: raise RecsysError(f"{name} {what}", str(b.folder), "build it again")
+    for name, shape in _shapes(b).items():
         a = getattr(s, name)
-        if a.size and not (-1 <= a.min() and a.max() < n): raise RecsysError(f"{name} names items that do not exist", str(b.folder), "build it again")
-    if len(s.segment) and s.segment.max() >= len(s.segment_items): raise RecsysError("segment names lists that do not exist", str(b.folder), "build it again")
+        need(a.ndim == len(shape) and all(w is None or w == h for w, h in zip(shape, a.shape)), name, f"has the shape {a.shape}, not {shape}")
+    for name in ("bought", "kind", "department", "recent"):
+        ptr = getattr(s, f"{name}_ptr")
+        need(ptr[0] == 0 and (np.diff(ptr) >= 0).all() and ptr[-1] == len(getattr(s, f"{name}_key")), f"{name}_ptr", "does not lead through the rows")
+    for name, low in (("bought_key", 0), ("recent_key", 0), ("together_ids", -1), ("follow_ids", -1), ("cart_ids", -1), ("user_near", -1), ("segment_items", -1)):
+        a = getattr(s, name)
+        need(not a.size or (a.min() >= low and a.max() < n), name, "names items that do not exist")
+    need(len(s.segment_items) and (not len(s.segment) or (s.segment.min() >= 0 and s.segment.max() < len(s.segment_items))), "segment", "names lists that do not exist")
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #33e34492
 def open_bundle(folder: str | Path) -> Bundle:
     "The bundle in `folder`, tables memory-mapped; `RecsysError` if it is not whole."
     folder = Path(folder).resolve()
     manifest = read_json(folder/"manifest.json")
-    try: items, users = pl.read_parquet(folder/"items.parquet"), pl.read_parquet(folder/"users.parquet")["user_id"]
+    try: items, users = pl.read_parquet(folder/"items.parquet"), pl.read_parquet(folder/"users.parquet")["user_id"]; ids = items["item_id"]
     except (pl.exceptions.PolarsError, OSError) as e: raise RecsysError(f"broken table ({e})", str(folder), "publish again, or roll back") from None
     codes = lambda ids: {v: i for i, v in enumerate(ids)}
-    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(items["item_id"]))
+    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids))
 
 def promote(bundles: str | Path, version: str):
     "Make `version` the one that `current` names, atomically."
     bundles = Path(bundles)
-    if not (bundles/version/"manifest.json").is_file(): raise RecsysError("no such version", str(bundles/version), f"versions: {', '.join(versions(bundles)) or 'none'}")
+    if version not in versions(bundles): raise RecsysError("no such version", str(bundles/version), f"versions: {', '.join(versions(bundles)) or 'none'}")
     tmp = bundles/f".current.tmp-{os.getpid()}"
     tmp.unlink(missing_ok=True); tmp.symlink_to(version); os.replace(tmp, bundles/"current")
 

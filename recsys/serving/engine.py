@@ -14,12 +14,12 @@ from msgspec import Meta, Struct
 
 from ..core.settings import RecsysError
 from ..features.definitions import ABSENT, NAMES, SOURCES
-from ..ranking.rows import Cases, candidate_rows, work_for
+from ..ranking.rows import MAX_CONTEXT, Cases, candidate_rows, work_for
 from .bundle import Bundle
 
 # %% ../../nbs/5_serving/02_engine.ipynb #1f5531a7
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
-Ids = Annotated[list[Id], Meta(max_length=200)]
+Ids = Annotated[list[Id], Meta(max_length=MAX_CONTEXT // 2)]  # cart and items together fill the context
 
 class Request(Struct, forbid_unknown_fields=True):
     "A question: who is asking, where, and what is in the cart."
@@ -61,6 +61,7 @@ class Engine:
     def __init__(self, state, ranker, per_source: int, budget: int, bundle: Bundle | None = None):
         self.state, self.ranker, self.bundle = state, ranker, bundle
         self.work, self.nobody = work_for(state, per_source, budget), np.zeros(0, np.int32)
+        if bundle: self.ids, self.titles = (bundle.items[c].to_list() if c in bundle.items.columns else [None] * len(bundle.items) for c in ("item_id", "title"))
 
     def rank(self, user: int, cart: np.ndarray, barred: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         "Rows of `work` and scores of the best `n`, best first, and milliseconds per stage; codes as in `candidate_rows`."
@@ -77,7 +78,7 @@ def rank_cases(engine: Engine, cases: Cases, k: int) -> np.ndarray:
     "Lists of item codes for all `cases`, int32 [cases, k], -1 pads: the engine's own answers."
     lists = np.full((len(cases.user), k), -1, np.int32)
     for c, user in enumerate(cases.user):
-        rows, _, _ = engine.rank(user, cases.cart[cases.cart_ptr[c]:cases.cart_ptr[c + 1]][:200], engine.nobody, k)
+        rows, _, _ = engine.rank(int(user), cases.cart[cases.cart_ptr[c]:cases.cart_ptr[c + 1]][:MAX_CONTEXT], engine.nobody, k)
         lists[c, :len(rows)] = engine.work.ids[rows]
     return lists
 
@@ -104,9 +105,8 @@ def _suggestion(engine: Engine, row: int, score: float, rank: int) -> Suggestion
     "The place `rank` of the list, from a row of the engine's memory."
     ranks, item = engine.work.ranks[row], int(engine.work.ids[row])
     sources = [s for s, r in zip(SOURCES, ranks) if r < ABSENT]
-    names = engine.bundle.items
-    return Suggestion(names["item_id"][item], round(float(score), 5), rank, sources,
-                      reasons_of(engine.work.x[row], sources, SOURCES[int(np.argmin(ranks))]), names["title"][item] if "title" in names.columns else None)
+    return Suggestion(engine.ids[item], round(float(score), 5), rank, sources,
+                      reasons_of(engine.work.x[row], sources, SOURCES[int(np.argmin(ranks))]), engine.titles[item])
 
 # %% ../../nbs/5_serving/02_engine.ipynb #833c3dc1
 def _codes(ids: list[str], known: dict[str, int]) -> np.ndarray:
@@ -116,8 +116,8 @@ def _codes(ids: list[str], known: dict[str, int]) -> np.ndarray:
 def recommend(engine: Engine, request: Request, request_id: str) -> Answer:
     "The answer to a request."
     start, bundle = time.perf_counter(), engine.bundle
-    user = bundle.user_codes.get(request.user_id or request.visitor_id or "", -1)
-    context, barred = _codes(request.cart + request.items, bundle.item_codes)[:200], _codes(request.exclude + request.cart, bundle.item_codes)
+    user = next((bundle.user_codes[i] for i in (request.user_id, request.visitor_id) if i in bundle.user_codes), -1)
+    context, barred = _codes(request.cart + request.items, bundle.item_codes), _codes(request.exclude + request.cart, bundle.item_codes)
     rows, scores, stages = engine.rank(user, context, barred, request.n)
     suggestions = [_suggestion(engine, r, s, k) for k, (r, s) in enumerate(zip(rows, scores), 1)]
     if request.explain:
