@@ -47,7 +47,9 @@ def searched_tables(vectors: dict[str, np.ndarray], eligible: np.ndarray, n_user
     near[~users.any(1)] = -1
     asked = inside[eligible] / np.maximum(np.linalg.norm(inside[eligible], axis=1, keepdims=True), 1e-9)
     ids, scores = np.full((len(inside), c.neighbours), -1, np.int32), np.zeros((len(inside), c.neighbours), np.float32)
-    ids[eligible], scores[eligible], recall_cart = nearest(asked, outside, eligible, c.neighbours, c.exact_below)
+    found, score, recall_cart = nearest(asked, outside, eligible, c.neighbours + 1, c.exact_below)
+    others = np.argsort(found == eligible[:, None], axis=1, kind="stable")[:, :c.neighbours]  # the item itself is no neighbour
+    ids[eligible], scores[eligible] = np.take_along_axis(found, others, 1), np.take_along_axis(score, others, 1)
     return dict(vector_in=inside, vector_out=outside, user_vector=users, user_near=near, cart_ids=ids, cart_scores=scores), min(recall, recall_cart)
 
 # %% ../../nbs/3_candidates/07_build.ipynb #eb1253bf

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+import recsys
 from ..core.files import atomic_dir, atomic_file, code_digest, digest, file_digest, full_disk_is_clear, read_json, sweep, write_json
 from ..core.jobs import clear_progress, read_progress
 from ..core.settings import RecsysError, Settings, as_dict
@@ -39,7 +40,7 @@ STEPS = (
 # %% ../../nbs/9_operations/04_runner.ipynb #e15e279f
 def jobs_folder(settings: Settings) -> Path: return settings.resolve("nbs/jobs")
 
-def package_folder() -> Path: return Path(__file__).resolve().parent.parent
+def package_folder() -> Path: return Path(recsys.__file__).resolve().parent
 
 def steps_folder(settings: Settings) -> Path: return settings.data_dir/"steps"
 
