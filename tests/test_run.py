@@ -85,6 +85,8 @@ def test_the_date_moves_the_moment(published, shop):
     assert early["date"] == "2024-04-15" and early["rows"] == len([1 for e in events() if e["time"] < "2024-04-15"])
     state = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
     assert max(p.name for p in (state/"events").iterdir()) == "day=2024-04-14"
+    said = json.loads((shop/"reports/runs/2024-04-15/run.json").read_text())["headline"]["sentence"]
+    assert f"Since the run of {published['figures']['date']}: " in said
 
 def test_the_same_seed_gives_the_same_figures(published, tmp_path):
     other = make_shop(tmp_path/"again")
