@@ -114,6 +114,7 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     os.environ.update(RECSYS_SETTINGS=settings.file, OMP_NUM_THREADS=threads, NUMBA_NUM_THREADS=threads, POLARS_MAX_THREADS=threads, PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:
         papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
+                                   extra_arguments=["--IPKernelApp.log_level=50"],      # a kernel that is stopped has nothing to tell the terminal
                                    config=Config(KernelManager=dict(transport="ipc")),  # a socket file that others cannot reach, not a TCP port
                                    cwd=str(Path(settings.file).parent), request_save_on_cell_execute=False)
     except papermill.exceptions.PapermillExecutionError as e: raise _failure(e, notebook.stem) from None
