@@ -130,6 +130,19 @@ def test_interrupting_is_no_failure(tmp_path):
     assert p.returncode == 130 and err.strip().splitlines()[-1].startswith("recsys: interrupted"), err
     assert not [d for d in (folder/"data").rglob(".*.tmp-*")] and (folder/"data/steps").is_dir()
 
+def test_going_back_to_a_result_makes_it_current_again(published, shop):
+    "Publishing is a step like any other, but `current` may have been moved since by another run."
+    first = published["figures"]["version"]
+    bundles = shop/"data/bundles"
+    assert recsys(shop, "run", "--allow-regression", "--date", "2024-04-15").returncode == 0 and os.readlink(bundles/"current") != first
+    again = recsys(shop, "run", "--allow-regression")
+    assert again.returncode == 0 and all("skipped" in l for l in lines(again.stdout).values()) and os.readlink(bundles/"current") == first
+    damaged = bundles/first/"users.parquet"
+    data = damaged.read_bytes(); damaged.unlink(); damaged.write_bytes(data[:-1])
+    mended = recsys(shop, "run", "--allow-regression")
+    assert mended.returncode == 0 and [n for n, l in lines(mended.stdout).items() if "skipped" not in l] == ["publish"], mended.stdout + mended.stderr
+    assert damaged.read_bytes() == data
+
 # ---- an answer in the terminal
 
 def test_recommend_prints_a_table_with_reasons(published, shop):
@@ -205,6 +218,7 @@ def test_unknown_settings_jobs_and_parameters(shop):
     one_line(recsys(shop, "job", "ingest", "-p", "dat=2024-01-01"), "unknown parameter 'dat'", "date")
     one_line(recsys(shop, "job", "digest"), "no such job", "ingest")
     one_line(recsys(shop, "job", "ingest", "-p", "date"), "not key=value")
+    one_line(recsys(shop, "job", "publish"), "goes through the gate")
 
 def test_nothing_published_yet(tmp_path):
     folder = make_shop(tmp_path/"shop")

@@ -43,8 +43,8 @@ def searched_tables(vectors: dict[str, np.ndarray], eligible: np.ndarray, n_user
     eligible = eligible[outside[eligible].any(1)]
     users = np.zeros((n_users, outside.shape[1]), np.float32)
     users[:len(vectors["user_vector"])] = vectors["user_vector"]
-    near, _, recall = nearest(users, outside, eligible, c.per_source, c.exact_below)
-    near[~users.any(1)] = -1
+    known, near = np.flatnonzero(users.any(1)), np.full((n_users, c.per_source), -1, np.int32)
+    near[known], _, recall = nearest(users[known], outside, eligible, c.per_source, c.exact_below)
     asked = inside[eligible] / np.maximum(np.linalg.norm(inside[eligible], axis=1, keepdims=True), 1e-9)
     ids, scores = np.full((len(inside), c.neighbours), -1, np.int32), np.zeros((len(inside), c.neighbours), np.float32)
     found, score, recall_cart = nearest(asked, outside, eligible, c.neighbours + 1, c.exact_below)

@@ -11,9 +11,11 @@ import numpy as np
 # %% ../../nbs/3_candidates/05_segments.ipynb #d25dc0e6
 def taste(users: np.ndarray, categories: np.ndarray, n_users: int) -> np.ndarray:
     "Root of the share of each category in each user's lines, float32 [users, categories]; zeros for users without lines."
-    width = int(categories.max()) + 1
-    counts = np.bincount(users.astype(np.int64) * width + categories, minlength=n_users * width).reshape(n_users, width)
-    return np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1)).astype(np.float32)
+    known, at = np.unique(users, return_inverse=True)  # a shop has many visitors who never bought: no table for them
+    width, profiles = int(categories.max()) + 1, np.zeros((n_users, int(categories.max()) + 1), np.float32)
+    counts = np.bincount(at.astype(np.int64) * width + categories, minlength=len(known) * width).reshape(len(known), width).astype(np.float32)
+    profiles[known] = np.sqrt(counts / counts.sum(1, keepdims=True))
+    return profiles
 
 # %% ../../nbs/3_candidates/05_segments.ipynb #d4d50b34
 def assign_segments(profiles: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -94,6 +94,7 @@ class Evaluation(Section):
     validation_days: Positive
     cutoffs: Annotated[tuple[Positive, ...], Meta(min_length=1)]
     bootstrap_samples: Annotated[int, Meta(ge=100)]
+    min_cases: Positive
 
 class Drift(Section):
     alpha: Annotated[float, Meta(gt=0, lt=1)]
@@ -102,6 +103,7 @@ class Drift(Section):
     wasserstein_limit: Above0
     missing_limit: Above0
     unseen_limit: Above0
+    users: Positive
     list_length: Positive
     shap_rows: Annotated[int, Meta(ge=50)]
 

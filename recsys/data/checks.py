@@ -41,6 +41,7 @@ def _days(events: pl.LazyFrame) -> pl.DataFrame:
 def log_checks(events: pl.LazyFrame, account: dict, days: pl.DataFrame, s: Settings) -> list[Check]:
     "Checks of the event log; `account` is what ingest.json says."
     n, t = max(1, account["rows"]), s.data.target_event
+    bought = max(1, account["event_types"].get(t, 0))
     ends = days["day"]
     span = (ends.max() - ends.min()).days + 1
     largest = events.group_by("session_id").agg(pl.col("item_id").n_unique()).select(pl.col("item_id").max()).collect().item()
@@ -50,10 +51,10 @@ def log_checks(events: pl.LazyFrame, account: dict, days: pl.DataFrame, s: Setti
         at_most("rows in quarantine", account["quarantined"] / max(1, account["rows_read"]), s.data.max_quarantine_share, "share of the rows that broke a rule", "fail"),
         at_most("duplicate events", account["duplicates"] / n, s.data.max_quarantine_share, "share of rows that repeat an event_id"),
         at_least(f"'{t}' events", account["event_types"].get(t, 0), 1, "what the lists are meant to bring about must occur"),
-        at_least("days of history", span, need + 1, "test, validation and training moments must fit before the end of the log"),
+        at_least("days of history", span, need + 1, "[evaluation] test_days + validation_days + [ranker] snapshots × snapshot_gap_days must fit"),
         at_most("days without events", span - len(days), s.checks.silent_days, "holes in the log look like people who stopped buying"),
         at_most("largest session", largest or 0, s.checks.session_items, "distinct items; a session beyond the limit looks like a robot's"),
-        at_most(f"'{t}' events without a price", unpriced / n, s.checks.missing_price, "price features are blind there"),
+        at_most(f"'{t}' events without a price", unpriced / bought, s.checks.missing_price, "price features are blind there"),
         at_least("events of the last day", days["events"][-1] / days["events"].median(), 0.5, "of a median day; a partial day looks like a slump", "warn")]
 
 # %% ../../nbs/1_data/05_checks.ipynb #1ad34751

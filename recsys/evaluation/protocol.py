@@ -13,7 +13,7 @@ import polars as pl
 
 from ..candidates.blend import State, load_state
 from ..core.files import write_json
-from ..core.settings import Settings
+from ..core.settings import RecsysError, Settings
 from .baselines import fit_als, fit_cart_blend, fit_item_knn, fit_personal, fit_popularity
 from .metrics import Targets, buyer_share, evaluate, hits, paired_bootstrap, restrict, seen_before, spread, summarise, targets_of
 from ..features.build import day_of, read_moments
@@ -110,6 +110,7 @@ def evaluate_run(features: str | Path, candidates: str | Path, trained: str | Pa
     state = load_state(features/day_of(moments.test), candidates/day_of(moments.test))
     n_users, n_items, k = len(state.user_x), len(state.item_x), max(settings.evaluation.cutoffs)
     cases = cases_after(lines, moments.test, moments.now, seed)
+    if not len(cases.user): raise RecsysError(f"nobody who was known on {day_of(moments.test)} came back before {day_of(moments.now)}", "evaluate", "give a longer log")
     ours = rank_cases(Engine(state, load_ranker(Path(trained)/"ranker.txt"), c.per_source, c.budget), cases, k); step("our lists")
     baselines = baseline_lists(known, cases, n_users, n_items, k, settings.run.threads, seed, step)
     recall = candidate_recall(state, cases, c.per_source, c.budget); step("waterfall")

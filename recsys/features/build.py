@@ -46,9 +46,10 @@ def day_of(moment: int) -> str:
     return f"{t:%Y-%m-%d}" if t.hour == t.minute == t.second == 0 else f"{t:%Y-%m-%dT%H%M%S}"
 
 # %% ../../nbs/2_features/03_build.ipynb #33fe728d
-def sellable_at(items: pl.DataFrame, moment: datetime) -> np.ndarray:
-    "uint8 [items]: 1 if the item may be shown at `moment`, by stock, available_from and available_to."
-    yes = (pl.col("stock").fill_null(1) > 0) & (pl.col("available_from").fill_null(moment) <= moment) & (pl.col("available_to").is_null() | (pl.col("available_to") > moment))
+def sellable_at(items: pl.DataFrame, moment: datetime, stock_known: bool) -> np.ndarray:
+    "uint8 [items]: 1 if the item may be shown at `moment`, by available_from and available_to, and by stock where `stock_known`."
+    in_stock = (pl.col("stock").fill_null(1) > 0) if stock_known else pl.lit(True)
+    yes = in_stock & (pl.col("available_from").fill_null(moment) <= moment) & (pl.col("available_to").is_null() | (pl.col("available_to") > moment))
     return items.select(yes.cast(pl.UInt8)).to_series().to_numpy()
 
 # %% ../../nbs/2_features/03_build.ipynb #86221c0b
@@ -71,7 +72,7 @@ def build_features(ingested: str | Path, out: str | Path, settings: Settings, on
             at = datetime.fromtimestamp(moment, timezone.utc)
             arrays = snapshot(targets, categories, len(users), promotions_at(promotions, coupons, items["item_id"], at), moment, f.windows_days,
                               settings.candidates.half_life_days, f.rate_prior, f.history_items, f.recent_items)
-            save_arrays(out/day_of(moment), arrays | dict(sellable=sellable_at(items, at)))
+            save_arrays(out/day_of(moment), arrays | dict(sellable=sellable_at(items, at, stock_known=moment == moments.now)))
             if on_step: on_step(day_of(moment))
     said = dict(moments=moments._asdict(), names={str(m): day_of(m) for m in moments.all}, rows=lines.height, users=len(users), items=items.height)
     write_json(out/"features.json", said)

@@ -64,7 +64,8 @@ def watch_run(features: str | Path, candidates: str | Path, trained: str | Path,
     ranker, c = load_ranker(Path(trained)/"ranker.txt"), settings.candidates
     def window(moment):
         engine = Engine(load_state(features/day_of(moment), candidates/day_of(moment)), ranker, c.per_source, c.budget)
-        rows = served_rows(engine, active_users(lines, moment, settings.evaluation.test_days), d.list_length)
+        active = active_users(lines, moment, settings.evaluation.test_days)
+        rows = served_rows(engine, np.sort(np.random.default_rng(settings.run.seed).permutation(active)[:d.users]), d.list_length)
         step(day_of(moment))
         return rows
     past, reference, current = [window(m) for m in [*moments.training, moments.validation]], window(moments.test), window(moments.now)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..core.files import read_json, write_json
 from ..core.settings import RecsysError, Settings
-from .runner import run
+from .publish import still_published
+from .runner import bundles_folder, run
 
 # %% ../../nbs/9_operations/05_cycle.ipynb #c40e3544
 class Regression(RecsysError): "The two-stage list does not beat the best baseline."
@@ -24,8 +25,10 @@ def comparison_line(question: str, q: dict, metric: str) -> str:
     return (f"{question.replace('_', ' ')}: {metric.upper()} {ours:.4f} against {q['baselines'][best][metric]['value']:.4f} for {best} "
             f"({a['difference']:+.4f}, 95 % interval {a['low']:+.4f} to {a['high']:+.4f})")
 
-def check_gate(evaluation: dict, metric: str):
-    "Raise `Regression` naming the questions that were lost."
+def check_gate(evaluation: dict, metric: str, min_cases: int):
+    "Raise `Regression` naming the questions that were lost, or that had fewer than `min_cases` cases to be decided by."
+    few = [f"{n.replace('_', ' ')}: {q['cases']}" for n, q in evaluation["questions"].items() if q["cases"] < min_cases]
+    if few: raise Regression(f"too few cases to tell ({'; '.join(few)}, {min_cases} are needed)", "evaluate", "nothing was published; --allow-regression publishes it")
     lost = [comparison_line(n, q, metric) for n, q in evaluation["questions"].items() if q["against"][q["best_baseline"]]["low"] <= 0]
     if lost: raise Regression(f"no better than the best baseline: {'; '.join(lost)}", "evaluate", "nothing was published; --allow-regression publishes it")
 
@@ -83,9 +86,10 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     date, started, clock, records, error = parse_date(date), datetime.now(timezone.utc), time.time(), {}, None
     metric = f"ndcg@{settings.evaluation.cutoffs[0]}"
     def gate(step, folders):
-        if step.name == "publish" and not allow_regression: check_gate(read_json(folders["evaluate"]/"evaluation.json"), metric)
-    try: run(settings, date, records, say, gate)
-    except RecsysError as e: error = e
+        if step.name == "publish" and not allow_regression: check_gate(read_json(folders["evaluate"]/"evaluation.json"), metric, settings.evaluation.min_cases)
+    def in_force(step, folder): return step.name != "publish" or still_published(folder, bundles_folder(settings))
+    try: run(settings, date, records, say, gate, in_force)
+    except Exception as e: error = e
     if not records and error: raise error
     figures = _figures(records)
     lost = "metrics" in figures and any(figures["against"][q][figures["best_baseline"][q]]["low"] <= 0 for q in figures["metrics"])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'Step', 'jobs_folder', 'package_folder', 'steps_folder', 'bundles_folder', 'declared_parameters',
-           'checked_parameters', 'fingerprint', 'execute', 'run_step', 'run_lock', 'plan', 'copy_pages', 'do_step',
-           'run', 'prune', 'run_job']
+           'checked_parameters', 'fingerprint', 'execute', 'run_step', 'run_lock', 'plan', 'copy_pages', 'remove',
+           'do_step', 'run', 'prune', 'run_job']
 
 # %% ../../nbs/9_operations/04_runner.ipynb #68cef437
 import fcntl, json, os, shutil, threading, time
@@ -107,6 +107,7 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     "Run `notebook` into `output` with papermill; `RecsysError` with one line when a cell fails."
     import logging
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
     for name in ("papermill", "traitlets"): logging.getLogger(name).setLevel(logging.CRITICAL)
     before = {k: os.environ.get(k) for k in ("RECSYS_SETTINGS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "POLARS_MAX_THREADS", "PYDEVD_DISABLE_FILE_VALIDATION")}
@@ -118,6 +119,8 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
                                    config=Config(KernelManager=dict(transport="ipc")),  # a socket file that others cannot reach, not a TCP port
                                    cwd=str(Path(settings.file).parent), request_save_on_cell_execute=False)
     except papermill.exceptions.PapermillExecutionError as e: raise _failure(e, notebook.stem) from None
+    except (DeadKernelError, CellTimeoutError):
+        raise RecsysError("the kernel died", f"job {notebook.stem}", "it was probably out of memory: see [run] threads and [candidates] in settings.ini, or take a larger machine") from None
     finally:
         for k, v in before.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
@@ -170,9 +173,16 @@ def copy_pages(folder: Path, pages: Path):
         for file in (f for suffix in ("html", "ipynb") for f in folder.glob(f"*.{suffix}")):
             with atomic_file(pages/file.name) as tmp: shutil.copyfile(file, tmp)
 
-def do_step(step: Step, folder: Path, parents: dict[str, Path], settings: Settings, date: str, pages: Path, say) -> str:
-    "Run `step` unless its result is there: done or skipped."
-    if folder.is_dir(): return "skipped"
+def remove(folder: Path):
+    "Remove a result: first its name, then its files, so that a kill in between leaves nothing that looks whole."
+    aside = folder.with_name(f".{folder.name}.tmp-removed")
+    os.rename(folder, aside); shutil.rmtree(aside, ignore_errors=True)
+
+def do_step(step: Step, folder: Path, parents: dict[str, Path], settings: Settings, date: str, pages: Path, say, in_force) -> str:
+    "Run `step` unless its result is there and still in force: done or skipped."
+    if folder.is_dir():
+        if in_force(step, folder): return "skipped"
+        remove(folder)
     given = {p: _relative(parents[p], settings) for p in step.parents} | ({} if step.parents else dict(date=date))
     checked_parameters(jobs_folder(settings)/f"{step.name}.ipynb", given)
     run_step(step, folder, given, settings, pages, lambda note: say("progress", step, note))
@@ -180,7 +190,7 @@ def do_step(step: Step, folder: Path, parents: dict[str, Path], settings: Settin
 
 # %% ../../nbs/9_operations/04_runner.ipynb #c4757029
 def run(settings: Settings, date: str = "", records: dict | None = None, say=lambda kind, step, said: None, gate=lambda step, folders: None,
-        steps: tuple[Step, ...] = STEPS) -> dict[str, dict]:
+        in_force=lambda step, folder: True, steps: tuple[Step, ...] = STEPS) -> dict[str, dict]:
     """The daily cycle up to the moment `date` (ISO day; "" is the end of the data): a record per step with folder, status, seconds, peak.
 
     `records` is filled as steps end, so that it tells how far a run came that raised. What was done before a failure stays done."""
@@ -195,7 +205,7 @@ def run(settings: Settings, date: str = "", records: dict | None = None, say=lam
             say("start", step, None)
             records[step.name] = dict(name=step.name, status="failed", page=f"{step.name}.html")
             gate(step, folders)
-            status = do_step(step, folder, folders, settings, date, settings.reports_dir/"runs"/label, say)
+            status = do_step(step, folder, folders, settings, date, settings.reports_dir/"runs"/label, say, in_force)
             done[step.name], folders[step.name] = mark, folder
             os.utime(folder)
             if step.name == "ingest": label = date or read_json(folder/"ingest.json")["moment"][:10]
@@ -215,7 +225,7 @@ def prune(settings: Settings) -> list[str]:
     groups["bundles"] = [p for p in bundles.glob("*") if p.is_dir() and not p.is_symlink() and p.name != current]
     for group in groups.values():
         for p in sorted(group, key=lambda p: p.stat().st_mtime, reverse=True)[settings.run.keep:]:
-            shutil.rmtree(p, ignore_errors=True); removed.append(p.name)
+            remove(p); removed.append(p.name)
     return sorted(removed)
 
 # %% ../../nbs/9_operations/04_runner.ipynb #de7bfa26
@@ -224,12 +234,14 @@ def run_job(name: str, given: dict[str, str], settings: Settings) -> Path:
     from recsys.operations.report import to_html
     notebook = jobs_folder(settings)/f"{name}.ipynb"
     values = checked_parameters(notebook, given)
+    if name == "publish": raise RecsysError("publishing goes through the gate", "job publish", "use `recsys run`")
     now = datetime.now(timezone.utc)
     pages = settings.reports_dir/"runs"/f"{name}-{now:%Y%m%dT%H%M%S}"
     with full_disk_is_clear(pages): pages.mkdir(parents=True, exist_ok=True)
     (pages/"out").mkdir(exist_ok=True)
     values.setdefault("out", _relative(pages/"out", settings))
-    try: execute(notebook, pages/notebook.name, values, settings)
+    try:
+        with run_lock(settings.data_dir): execute(notebook, pages/notebook.name, values, settings)
     finally:
         if (pages/notebook.name).exists(): to_html(pages/notebook.name, pages/f"{name}.html", name.capitalize(), [("All runs", "../../index.html")])
     return pages/f"{name}.html"

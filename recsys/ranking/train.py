@@ -36,8 +36,8 @@ def train_ranker(features: str | Path, candidates: str | Path, out: str | Path, 
 
     `on_step(name)` is called after each moment's rows, `on_step("tree n")` while fitting."""
     features, candidates, out, r, c, seed = Path(features), Path(candidates), Path(out), settings.ranker, settings.candidates, settings.run.seed
-    lines = pl.read_parquet(features/"lines.parquet").filter(pl.col("type") == settings.data.target_event)
     moments, step = read_moments(features), on_step or (lambda name: None)
+    lines = pl.read_parquet(features/"lines.parquet").filter((pl.col("type") == settings.data.target_event) & (pl.col("known") < moments.test))
     def rows_at(moment, negatives):
         cases = cases_after(lines, moment, moments.until(moment), seed)
         if not len(cases.user): raise RecsysError(f"nobody who was known on {day_of(moment)} came back before {day_of(moments.until(moment))}", "train", "give a longer log")

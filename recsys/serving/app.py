@@ -120,16 +120,20 @@ class App:
         self.load, self.tell, self.engine, self.decoder = load, tell, None, decoder_for(max_items)
         self.body_limit, self.body_seconds = body_limit, body_seconds
 
-    def __rsgi_init__(self, loop): threading.Thread(target=self.start, daemon=True).start()
+    def __rsgi_init__(self, loop): threading.Thread(target=self.live, daemon=True).start()
 
     def start(self):
-        "Load, tell, and stay until the parent process is gone."
+        "Load, and tell."
         try: self.engine = self.load()
         except RecsysError as e: self.tell((e.what, e.where, e.todo))
         except Exception as e:
             log.exception("a worker could not load the bundle")
             self.tell((f"could not be loaded ({type(e).__name__})", "bundle", "see the log"))
         else: self.tell(None)
+
+    def live(self):
+        "Start, and end when the parent process is gone."
+        self.start()
         if parent := multiprocessing.parent_process(): parent.join(); os.kill(os.getpid(), signal.SIGTERM)
 
     async def __rsgi__(self, scope, proto): await respond(self, scope, proto)
