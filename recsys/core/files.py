@@ -17,7 +17,8 @@ from .settings import RecsysError
 def _disk_full(e: BaseException) -> bool:
     "Does `e`, or what caused it, say that the disk is full?"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT): return True
-    return any(t in str(e) for t in ("No space left on device", "os error 28", "Disk quota exceeded", "requested and"))
+    if isinstance(e, OSError) and e.errno is None and " requested and " in str(e): return True  # numpy: so many requested and so many written
+    return any(t in str(e) for t in ("No space left on device", "os error 28", "Disk quota exceeded"))
 
 @contextmanager
 def full_disk_is_clear(where: str | Path):
