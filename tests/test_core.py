@@ -40,9 +40,9 @@ def test_the_settings_of_the_repository_are_right(ini):
 
 WRONG = [
     ((("[run]", "[runs]"),), "unknown section [runs]", "known sections: paths, data,"),
-    ((("seed = 42", "sead = 42"),), "unknown key 'sead' in [run]", "known keys: seed, threads, keep"),
+    ((("seed = 42", "sead = 42"),), "unknown key 'sead' in [run]", "known keys: seed, threads, keep, engine, spark_master"),
     ((("seed = 42", ""),), "[run] lacks seed", "copy the key"),
-    ((("[run]\nseed = 42\nthreads = 2\n# versions of each step's output that stay on disk\nkeep = 3", ""),), "[run] lacks seed, threads, keep", "copy"),
+    ((("[run]\nseed = 42\nthreads = 2", "[run]"),), "[run] lacks seed, threads", "copy"),
     ((("seed = 42", "seed = soon"),), "[run] seed = 'soon': Expected `int`", "correct the value"),
     ((("seed = 42", "seed = 4.2"),), "[run] seed = '4.2': Expected `int`", "correct the value"),
     ((("seed = 42", "seed = -1"),), "[run] seed = '-1': Expected `int` >= 0", "correct the value"),
@@ -124,7 +124,7 @@ def test_any_value_is_accepted_or_refused_in_one_line(ini, key, text):
 def test_as_dict_is_plain_and_without_the_file(ini, tmp_path):
     s = load_settings(ini())
     assert set(as_dict(s)) == set(re.findall(r"^\[(\w+)\]", INI, re.M)) == set(as_dict(s, *as_dict(s)))
-    assert as_dict(s, "run") == {"run": dict(seed=42, threads=2, keep=3)} and as_dict(s, "run", "paths").keys() == {"run", "paths"}
+    assert as_dict(s, "run") == {"run": dict(seed=42, threads=2, keep=3, engine="polars", spark_master="local[2]")} and as_dict(s, "run", "paths").keys() == {"run", "paths"}
     (tmp_path/"elsewhere").mkdir(); shutil.copy(ini(), tmp_path/"elsewhere")
     assert as_dict(load_settings(tmp_path/"elsewhere"/"settings.ini")) == as_dict(s), "the place of the file is no setting"
 

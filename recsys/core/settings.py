@@ -11,7 +11,7 @@ __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Da
 import math, os
 from configparser import ConfigParser, Error as IniError
 from pathlib import Path
-from typing import Annotated, get_origin, get_type_hints
+from typing import Annotated, Literal, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -44,6 +44,11 @@ class Data(Section):
     clock_skew_minutes: Annotated[int, Meta(ge=0)]
     max_quarantine_share: Share
     target_event: str
+    bot_events_per_minute: Positive
+    bot_events_per_day: Positive
+    outcome_minutes: tuple[Annotated[str, Meta(pattern=r"^\w+:[1-9]\d*$")], ...]
+    currency: Annotated[str, Meta(pattern=r"^([A-Z]{3})?$")]
+    exchange_rates: tuple[Annotated[str, Meta(pattern=r"^[A-Z]{3}:\d*\.?\d+$")], ...]
 
 class Checks(Section):
     missing_category: Share
@@ -117,6 +122,8 @@ class Run(Section):
     seed: Annotated[int, Meta(ge=0, lt=2**31)]
     threads: Positive
     keep: Positive
+    engine: Literal["polars", "spark"]
+    spark_master: str
 
 # %% ../../nbs/0_core/01_settings.ipynb #cf446759
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
