@@ -124,8 +124,10 @@ def _slots(old: list[nw.LazyFrame], names, windows) -> list[nw.LazyFrame]:
 def _entity_sums(log, rows, aggregates) -> nw.LazyFrame:
     "Per row the aggregates of one entity, by position a0, a1, … in `aggregates`."
     by, parts, windows = list(ENTITIES[aggregates[0].entity]), _parts(aggregates), sorted({a.seconds for a in aggregates} - {0})
-    log = log.filter(_is(sorted({t for a in aggregates for t in a.types}))).select(*by, *(c for c in ("kind", "ts", "known", "cents", *MARKS)))
-    found, rows = _known(log, rows, by, parts, aggregates), rows.select("row", *by, "t")
+    rows = rows.select("row", *by, "t")
+    log = log.filter(_is(sorted({t for a in aggregates for t in a.types}))).select(*by, "kind", "ts", "known", "cents", *MARKS)
+    log = log.join(rows.select(*by).unique(), on=by, how="semi")  # keys that nobody asks about need no sorting
+    found = _known(log, rows, by, parts, aggregates)
     if windows:
         narrow = {(a.types, a.column): parts[a.types, a.column] for a in aggregates if a.seconds}
         log = log.filter(_is(sorted({t for types, _ in narrow for t in types})))
