@@ -47,7 +47,8 @@ def plan_of(program: Program) -> Plan:
 def _slot(keys, key):
     "The place of `key` in the table `keys` (power of two, -1: free): where it is, or where it would go."
     mask = len(keys) - 1
-    place = ((key * np.int64(-7046029254386353131)) >> np.int64(20)) & mask
+    mixed = (key ^ (key >> np.int64(32))) * np.int64(-7046029254386353131)
+    place = (mixed ^ (mixed >> np.int64(29)) ^ (mixed >> np.int64(47))) & mask
     while keys[place] != -1 and keys[place] != key: place = (place + 1) & mask
     return place
 
@@ -103,35 +104,33 @@ class State(NamedTuple):
 
 # %% ../../nbs/2_features/05_live.ipynb #1e9f13d6
 @njit(cache=True, nogil=True)
-def _add(plan, values, begin, end, kind, ts, clock, added, sign, window):
-    "Add an event to one entity's integers. `window` -1: on arrival, to all it belongs to; else take it (sign -1) out of that window alone."
-    for a in range(begin, end):
-        if not (plan.mask[a] >> kind) & 1 or (window >= 0 and plan.window[a] != window): continue
-        if window < 0 and plan.window[a] >= 0 and ts < clock - plan.seconds[plan.window[a]]: continue  # arrived after its window had passed
-        op, i = plan.op[a], a - begin
-        if op == 0: values[i] += sign
-        elif op == 1: values[i] += sign * added[plan.column[a]]
-        elif op == 2: values[i] = min(values[i], ts)
-        else: values[i] = max(values[i], ts)
+def _add(plan, values, row, entity, kind, ts, clock, added, sign, window):
+    "Add an event to one row of an entity's integers. `window` -1: on arrival, to all it belongs to; else take it (sign -1) out of that window alone."
+    op, mask, windows, column, seconds, begin = plan.op, plan.mask, plan.window, plan.column, plan.seconds, plan.begin[entity]
+    for a in range(begin, plan.begin[entity + 1]):
+        if not (mask[a] >> kind) & 1 or (window >= 0 and windows[a] != window): continue
+        if window < 0 and windows[a] >= 0 and ts < clock - seconds[windows[a]]: continue  # arrived after its window had passed
+        i = a - begin
+        if op[a] < 2: values[row, i] += sign * added[column[a]]
+        elif op[a] == 2: values[row, i] = min(values[row, i], ts)
+        else: values[row, i] = max(values[row, i], ts)
 
 @njit(cache=True, nogil=True)
-def _sparsely(plan, table, entity, key, e, clock, added, sign, window):
-    "The same for a sparse entity, if it counts the event's type at all."
-    types = plan.types[entity] if window < 0 else plan.sliding[entity]
-    if not (types >> e[1]) & 1: return
-    values = table.values[_row_of(table.keys, table.rows, table.used, key)]
-    _add(plan, values, plan.begin[entity], plan.begin[entity + 1], e[1], e[0], clock, added, sign, window)
-
-@njit(cache=True, nogil=True)
-def _everywhere(plan, s, e, clock, added, sign, window):
-    "Add the event `e` (a row of State.event) to the integers of its six keys."
-    b = plan.begin
-    _add(plan, s.item[e[3]], b[0], b[1], e[1], e[0], clock, added, sign, window)
-    _add(plan, s.category[e[4]], b[1], b[2], e[1], e[0], clock, added, sign, window)
-    _add(plan, s.user[e[2]], b[2], b[3], e[1], e[0], clock, added, sign, window)
-    _sparsely(plan, s.user_item, 3, e[2] << 32 | e[3], e, clock, added, sign, window)
-    _sparsely(plan, s.user_category, 4, e[2] << 32 | e[4], e, clock, added, sign, window)
-    _sparsely(plan, s.session, 5, e[5], e, clock, added, sign, window)
+def _everywhere(plan, s, ts, kind, user, item, category, session, clock, added, sign, window):
+    "Add an event to the integers of its six keys, of the sparse ones only where its type counts."
+    types = plan.types if window < 0 else plan.sliding
+    if (types[0] >> kind) & 1: _add(plan, s.item, item, 0, kind, ts, clock, added, sign, window)
+    if (types[1] >> kind) & 1: _add(plan, s.category, category, 1, kind, ts, clock, added, sign, window)
+    if (types[2] >> kind) & 1: _add(plan, s.user, user, 2, kind, ts, clock, added, sign, window)
+    if (types[3] >> kind) & 1:
+        row = _row_of(s.user_item.keys, s.user_item.rows, s.user_item.used, user << 32 | item)
+        _add(plan, s.user_item.values, row, 3, kind, ts, clock, added, sign, window)
+    if (types[4] >> kind) & 1:
+        row = _row_of(s.user_category.keys, s.user_category.rows, s.user_category.used, user << 32 | category)
+        _add(plan, s.user_category.values, row, 4, kind, ts, clock, added, sign, window)
+    if (types[5] >> kind) & 1:
+        row = _row_of(s.session.keys, s.session.rows, s.session.used, session)
+        _add(plan, s.session.values, row, 5, kind, ts, clock, added, sign, window)
 
 # %% ../../nbs/2_features/05_live.ipynb #75f048da
 @njit(cache=True, nogil=True)
@@ -139,34 +138,35 @@ def _marks(s, kind, user, item, ts, added):
     "Fill added[2:5] with fresh, again and stretch of a purchase, and remember it."
     added[2:] = 0
     if kind != 4: return
-    t = s.bought
-    v = t.values[_row_of(t.keys, t.rows, t.used, user << 32 | item)]
-    before = v[2] - v[1] if v[0] else 0
-    v[0] += 1; v[1] = min(v[1], ts); v[2] = max(v[2], ts)
-    added[2], added[3], added[4] = v[0] == 1, v[0] == 2, v[2] - v[1] - before
+    v, r = s.bought.values, _row_of(s.bought.keys, s.bought.rows, s.bought.used, user << 32 | item)
+    before = v[r, 2] - v[r, 1] if v[r, 0] else 0
+    v[r, 0] += 1; v[r, 1] = min(v[r, 1], ts); v[r, 2] = max(v[r, 2], ts)
+    added[2], added[3], added[4] = v[r, 0] == 1, v[r, 0] == 2, v[r, 2] - v[r, 1] - before
 
 # %% ../../nbs/2_features/05_live.ipynb #08b37409
 @njit(cache=True, nogil=True)
-def _hang(s, e):
-    "Put the event `e` into the slot of its second. There must be a free place."
-    if s.free[0] >= 0: place = s.free[0]; s.free[0] = s.event[place, 7]
-    else: place = s.free[1]; s.free[1] += 1
-    slot = e[0] % len(s.head)
-    s.event[place, :7] = e[:7]; s.event[place, 7] = s.head[slot]
-    s.head[slot] = place
+def _hang(s, events, i):
+    "Put the event events[i] into the slot of its second. There must be a free place."
+    event, free, head = s.event, s.free, s.head
+    if free[0] >= 0: place = free[0]; free[0] = event[place, 7]
+    else: place = free[1]; free[1] += 1
+    slot = events[i, 0] % len(head)
+    for k in range(7): event[place, k] = events[i, k]
+    event[place, 7] = head[slot]
+    head[slot] = place
 
 @njit(cache=True, nogil=True)
 def _pass_slot(plan, s, slot, window, since, until, added):
     "Take the events with since ≤ ts < until that hang in a slot out of a window; the longest window lets them go."
-    place, kept, longest = np.int64(s.head[slot]), np.int64(-1), window == len(plan.seconds) - 1
+    event, place, kept, longest = s.event, np.int64(s.head[slot]), np.int64(-1), window == len(plan.seconds) - 1
     while place >= 0:
-        following, ts = s.event[place, 7], s.event[place, 0]
+        following, ts = event[place, 7], event[place, 0]
         if since <= ts < until:
-            added[1] = s.event[place, 6]
-            _everywhere(plan, s, s.event[place], 0, added, -1, window)
+            added[1] = event[place, 6]
+            _everywhere(plan, s, ts, event[place, 1], event[place, 2], event[place, 3], event[place, 4], event[place, 5], 0, added, -1, window)
         if longest:
-            if ts < until: s.event[place, 7] = s.free[0]; s.free[0] = place
-            else: s.event[place, 7] = kept; kept = place
+            if ts < until: event[place, 7] = s.free[0]; s.free[0] = place
+            else: event[place, 7] = kept; kept = place
         place = following
     if longest: s.head[slot] = kept
 
@@ -174,10 +174,14 @@ def _pass_slot(plan, s, slot, window, since, until, added):
 def advance(plan, s, t, added):
     "Move the clock to `t` (epoch s): each window gives back what happened before t - seconds. A clock does not go back."
     if t <= s.clock[0]: return
-    n = min(t - s.clock[0], len(s.head))
+    head, n = s.head, min(t - s.clock[0], len(s.head))
     for w in range(len(plan.seconds)):
-        end = t - plan.seconds[w]
-        for second in range(end - n, end): _pass_slot(plan, s, second % len(s.head), w, s.clock[0] - plan.seconds[w], end, added)
+        since, until = s.clock[0] - plan.seconds[w], t - plan.seconds[w]
+        slot = (until - n) % len(head)
+        for _ in range(n):
+            if head[slot] >= 0: _pass_slot(plan, s, slot, w, since, until, added)
+            slot += 1
+            if slot == len(head): slot = 0
     s.clock[0] = t
 
 # %% ../../nbs/2_features/05_live.ipynb #525b938b
@@ -198,11 +202,11 @@ def _apply(plan, s, ids, known, events, begin, end, added):
     for i in range(begin, end):
         advance(plan, s, known[i], added)
         if not _is_new(s, ids[i]): s.counts[1] += 1; continue
-        e = events[i]
-        added[1] = e[6]
-        _marks(s, e[1], e[2], e[3], e[0], added)
-        _everywhere(plan, s, e, s.clock[0], added, 1, -1)
-        if e[0] >= s.clock[0] - plan.seconds[-1]: _hang(s, e)
+        ts, kind, user, item, clock = events[i, 0], events[i, 1], events[i, 2], events[i, 3], s.clock[0]
+        added[1] = events[i, 6]
+        _marks(s, kind, user, item, ts, added)
+        _everywhere(plan, s, ts, kind, user, item, events[i, 4], events[i, 5], clock, added, 1, -1)
+        if ts >= clock - plan.seconds[-1]: _hang(s, events, i)
         s.counts[0] += 1
 
 @njit(cache=True, nogil=True)

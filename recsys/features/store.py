@@ -22,16 +22,14 @@ from .definitions import LIVE, PROGRAM
 from .formulas import DAY, ENTITIES, TYPES, Aggregate, compiled, finish, nothing, run_program
 from .offline import sums_at
 
-# %% ../../nbs/2_features/07_store.ipynb #e75a3b86
+# %% ../../nbs/2_features/07_store.ipynb #65a5a4c6
 def entity_features(entity: str) -> tuple:
     "The live features that speak of this entity alone."
     return tuple(f for f in LIVE if {a.entity for a in f.formula.of} == {entity})
 
 ACROSS = tuple(f for f in LIVE if len({a.entity for a in f.formula.of}) > 1) # features of several entities, finished when they are asked for
 
-{entity: len(entity_features(entity)) for entity in ENTITIES}, [f.name for f in ACROSS]
-
-# %% ../../nbs/2_features/07_store.ipynb #bf613ae2
+# %% ../../nbs/2_features/07_store.ipynb #44ec8396
 def column_of(a: Aggregate) -> str:
     "The column that holds an aggregate, e.g. item_count_view_30d."
     window = f"{a.seconds // DAY}d" if a.seconds and a.seconds % DAY == 0 else f"{a.seconds // 3600}h" if a.seconds else "ever"
@@ -40,8 +38,6 @@ def column_of(a: Aggregate) -> str:
 def entity_columns(entity: str) -> list[str]:
     "The columns of an entity's integers, in the order of the program."
     return [column_of(PROGRAM.aggregates[i]) for i in PROGRAM.columns(entity)]
-
-entity_columns("user_item")
 
 # %% ../../nbs/2_features/07_store.ipynb #477ae15b
 def known_keys(log: nw.LazyFrame, entity: str, moment: int, session_seconds: int = DAY) -> nw.LazyFrame:
@@ -193,7 +189,7 @@ def online_arrays(tables: dict[str, pl.DataFrame], # by entity, from `entity_tab
         x |= {f"{e}_key": tables[e][ENTITIES[e][-1]].to_numpy(), e: tables[e].select(entity_columns(e)).to_numpy().reshape(-1, len(PROGRAM.columns(e)))}
     return x | {f"{e}_ptr": np.searchsorted(tables[e]["user"].to_numpy(), np.arange(users + 1)).astype(np.int64) for e in PAIRED}
 
-# %% ../../nbs/2_features/07_store.ipynb #73096072
+# %% ../../nbs/2_features/07_store.ipynb #480c62b6
 _COLUMNS = digest([entity_columns(e) for e in ENTITIES])
 
 def write_online(folder: str | Path, arrays: dict[str, np.ndarray], moment: int) -> Path:
@@ -202,8 +198,6 @@ def write_online(folder: str | Path, arrays: dict[str, np.ndarray], moment: int)
         for name, a in arrays.items(): np.save(tmp/f"{name}.npy", np.ascontiguousarray(a, np.int64), allow_pickle=False)
         write_json(tmp/"store.json", dict(moment=moment, columns=_COLUMNS))
     return Path(folder)
-
-write_online(Path(home.name)/"online", arrays, moment).name
 
 # %% ../../nbs/2_features/07_store.ipynb #caa3363c
 @njit(cache=True, nogil=True)
