@@ -35,14 +35,15 @@ def with_seconds(events: nw.LazyFrame) -> nw.LazyFrame:
 def log_of(events: nw.LazyFrame, # columns of the Event contract, ts and received_ts as `with_seconds` leaves them
            items: nw.LazyFrame,  # item_id, item, category: codes of the catalogue
            users: nw.LazyFrame,  # who, user: codes of coalesce(user_id, visitor_id)
-           sessions: nw.LazyFrame, # session_id, session
+           sessions: nw.LazyFrame | None = None, # session_id, session; None: nobody asks about sessions
            ) -> nw.LazyFrame:    # columns LOG
     "The events that features look at, in numbers. Without consent an event is not learnt from."
     kind = nw.when(nw.col("event_type") == TYPES[0]).then(nw.lit(0, nw.Int64))
     for code, name in list(enumerate(TYPES))[1:]: kind = nw.when(nw.col("event_type") == name).then(nw.lit(code, nw.Int64)).otherwise(kind)
     e = events.filter(nw.col("consent"), ~nw.col("item_id").is_null(), nw.col("event_type").is_in(list(TYPES)))
     e = e.with_columns(kind=kind, who=nw.coalesce("user_id", "visitor_id"), cents=(nw.col("price").fill_null(0) * 100).round().cast(nw.Int64))
-    return e.join(items, on="item_id").join(users, on="who").join(sessions, on="session_id").select(*LOG)
+    e = e.join(items, on="item_id").join(users, on="who")
+    return (e.with_columns(session=nw.lit(0, nw.Int64)) if sessions is None else e.join(sessions, on="session_id")).select(*LOG)
 
 # %% ../../nbs/2_features/04_offline.ipynb #fa8d40fc
 def with_marks(log: nw.LazyFrame) -> nw.LazyFrame:
