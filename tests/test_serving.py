@@ -274,7 +274,8 @@ def test_covisitation_with_the_next_session_equals_the_dense_matrix(lines, k):
 def test_sessions_that_no_longer_count_are_passed_over():
     "2 ** -(age / half-life) is 0 in float32 after some 150 half-lives; the kernel is run as plain Python, which sees the ends of arrays."
     item, context, nothing = np.tile(np.arange(3), 50), np.repeat(np.arange(50), 3), np.zeros(50, np.float32)
-    ids_, scores = _strongest.py_func(*_rows(item, context, 3), *_rows(context, item, 50), nothing, np.zeros(3, np.float32),
+    kind, one = np.zeros(len(item), np.int8), np.ones((1, 1), np.float32)
+    ids_, scores = _strongest.py_func(*_rows(item, 3, context, kind), *_rows(context, 50, item, kind), nothing, one, np.zeros(3, np.float32),
             np.zeros(3, np.float32), np.float32(5), 2)
     assert (ids_ == -1).all() and not scores.any()
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'TYPES_OF_KEYS', 'IN_NUMPY', 'ON_DEMAND', 'IMPORTS', 'STORE', 'call', 'Raw', 'needed', 'in_numpy',
-           'definitions_source', 'write_repository', 'quiet_feast', 'apply', 'materialize', 'feast_repository']
+           'definitions_source', 'write_repository', 'quiet_feast', 'apply', 'materialize', 'feast_repository',
+           'history']
 
 # %% ../../nbs/2_features/08_feast.ipynb #5a5d5cf0
 import importlib.util, io, os, sys, warnings
@@ -188,3 +189,20 @@ def feast_repository(out: str | Path, offline: str | Path, online: str = "sqlite
     end = datetime.fromtimestamp(newest, timezone.utc)
     write_repository(out, store, online, project, max_age_days); apply(out); materialize(out, end - timedelta(days=max_age_days), end)
     return dict(folder=str(out), moment=end.isoformat(), views=len(ENTITIES), features=sum(len(entity_features(e)) for e in ENTITIES) + len(ACROSS))
+
+# %% ../../nbs/2_features/08_feast.ipynb #7c75d1f5
+def history(folder: str | Path,
+            rows: pl.DataFrame,                 # the keys of the features, t (Int64, epoch s), anything else
+            features: list[str] | None = None,  # view:feature; None: the service `live`, which wants all keys
+            ) -> pl.DataFrame:                  # `rows`, every one, in order; `kept`: did Feast keep it; the features (Float32, null where not known)
+    "What Feast's `get_historical_features` says of the rows, with its time of computation heeded."
+    keys = [k for k in KEYS if k in rows.columns]
+    asked = rows.select(*keys, "t").unique(maintain_order=True).with_row_index("_row")
+    entities = asked.select("_row", *keys, event_timestamp=pl.from_epoch("t", "s").dt.replace_time_zone("UTC")).to_pandas()
+    with quiet_feast(folder) as store:
+        job = store.get_historical_features(entities, features or store.get_feature_service("live"), filter_by_created_timestamp=True)
+        found = pl.from_arrow(job.to_arrow())
+    values = [c for c in found.columns if c not in ("_row", "event_timestamp", *keys) and not c.startswith("__")]
+    found = asked.join(found.select(pl.col("_row").cast(pl.UInt32), *(pl.col(c).cast(pl.Float32).fill_nan(None) for c in values), kept=True), on="_row", how="left")
+    if len(found) != len(asked): raise RecsysError("Feast returned a row twice", folder, "use the offline store directly")
+    return rows.join(found.drop("_row"), on=[*keys, "t"], how="left", maintain_order="left").with_columns(pl.col("kept").fill_null(False))

@@ -12,6 +12,8 @@ import numpy as np
 from msgspec import Struct
 from numba import njit
 
+from ..core.settings import RecsysError
+
 # %% ../../nbs/2_features/01_formulas.ipynb #db6de546
 ENTITIES = dict(item=("item",), category=("category",), user=("user",), user_item=("user", "item"),
                 user_category=("user", "category"), session=("session",))
@@ -26,6 +28,11 @@ class Aggregate(Struct, frozen=True):
     types: tuple[str, ...] # of the events that it looks at
     seconds: int = 0       # the window; 0: everything that is known
     column: str = ""       # what `sum` adds: cents, fresh, again or stretch
+
+    def __post_init__(self):
+        mark, todo = self.column in ("fresh", "again", "stretch"), "see nbs/2_features/01_formulas.ipynb"
+        if self.seconds and (mark or self.op in ("first", "last")): raise RecsysError(f"{self.op} {self.column} cannot slide", f"an aggregate of {self.entity}", todo)
+        if mark and self.entity == "session": raise RecsysError(f"{self.column} depends on the order of arrival", "an aggregate of session", todo)
 
 # %% ../../nbs/2_features/01_formulas.ipynb #0c8fcadd
 def count(entity: str, *types: str, hours: int = 0, days: int = 0) -> Aggregate:
@@ -62,7 +69,7 @@ def age(entity: str, *types: str) -> Formula:
 
 # %% ../../nbs/2_features/01_formulas.ipynb #7d89311e
 def rate(x: Aggregate, n: Aggregate, prior: tuple[float, float]) -> Formula:
-    "(x + a) / (n + a + b) with `prior` (a, b): a Beta prior of a successes and b failures."
+    "(x + a) / (n + a + b) with `prior` (a, b): a Beta prior of a successes and b failures; UNKNOWN if all that is 0."
     return Formula("rate", (x, n), prior)
 
 def interval(entity: str, *types: str) -> Formula:
@@ -114,7 +121,7 @@ def nothing(aggregates) -> np.ndarray:
 def _value(op, a, b, c, d, x, y, t):
     "One formula on its integers, float64."
     if op == 0: return float(a)
-    if op == 1: return (a + x) / (b + x + y)
+    if op == 1: return (a + x) / (b + x + y) if b + x + y > 0 else -1.0
     if op == 2: return (t - a) / 86400.0 if b > 0 else 999.0
     if op == 3: return (b - a) / 86400.0 / (c - 1) if c > 1 else -1.0
     if op == 4: return a / x / b if b > 0 else -1.0

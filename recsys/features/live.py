@@ -33,8 +33,6 @@ class Plan(NamedTuple):
 def plan_of(program: Program) -> Plan:
     "The plan of a program."
     a, order = program.aggregates, list(ENTITIES)
-    if wrong := [x for x in a if x.seconds and (x.op in ("first", "last") or x.column in ADDED[2:])]:
-        raise RecsysError(f"{wrong[0].op} {wrong[0].column} cannot be taken back out of a window", "feature definitions", "ask for it over all time")
     seconds, ints = sorted({x.seconds for x in a} - {0}) or [1], lambda values: np.array(list(values), np.int64)
     masks = ints(sum(1 << TYPES.index(t) for t in x.types) for x in a)
     of = lambda e, some: np.bitwise_or.reduce(masks[[x.entity == e and bool(some(x)) for x in a]], initial=0)
@@ -98,8 +96,8 @@ class State(NamedTuple):
     head: np.ndarray     # int32 [slots], first event that hangs in each second, -1: none
     event: np.ndarray    # int64 [room, 8]: ts, kind, user, item, category, session, cents, and the next one of its second (or the next free place)
     free: np.ndarray     # int64 [2]: first free place (-1: none), places used so far
-    clock: np.ndarray    # int64 [2]: everything is given back up to here; when the period of `seen` began
-    counts: np.ndarray   # int64 [2]: events added, events seen before and ignored
+    clock: np.ndarray    # int64 [2]: everything is given back up to here; the number of the period of `seen`
+    counts: np.ndarray   # int64 [3]: events added, events seen before and ignored, ids in `seen`
     seen: np.ndarray; seen_before: np.ndarray # int64 [C]: event ids of this period and of the last one, -1: free
 
 # %% ../../nbs/2_features/05_live.ipynb #1e9f13d6
@@ -117,18 +115,18 @@ def _add(plan, values, row, entity, kind, ts, clock, added, sign, window):
 
 @njit(cache=True, nogil=True)
 def _everywhere(plan, s, ts, kind, user, item, category, session, clock, added, sign, window):
-    "Add an event to the integers of its six keys, of the sparse ones only where its type counts."
+    "Add an event to the integers of its six keys, where its type counts. A negative code is no key."
     types = plan.types if window < 0 else plan.sliding
-    if (types[0] >> kind) & 1: _add(plan, s.item, item, 0, kind, ts, clock, added, sign, window)
-    if (types[1] >> kind) & 1: _add(plan, s.category, category, 1, kind, ts, clock, added, sign, window)
-    if (types[2] >> kind) & 1: _add(plan, s.user, user, 2, kind, ts, clock, added, sign, window)
-    if (types[3] >> kind) & 1:
+    if item >= 0 and (types[0] >> kind) & 1: _add(plan, s.item, item, 0, kind, ts, clock, added, sign, window)
+    if category >= 0 and (types[1] >> kind) & 1: _add(plan, s.category, category, 1, kind, ts, clock, added, sign, window)
+    if user >= 0 and (types[2] >> kind) & 1: _add(plan, s.user, user, 2, kind, ts, clock, added, sign, window)
+    if user >= 0 and item >= 0 and (types[3] >> kind) & 1:
         row = _row_of(s.user_item.keys, s.user_item.rows, s.user_item.used, user << 32 | item)
         _add(plan, s.user_item.values, row, 3, kind, ts, clock, added, sign, window)
-    if (types[4] >> kind) & 1:
+    if user >= 0 and category >= 0 and (types[4] >> kind) & 1:
         row = _row_of(s.user_category.keys, s.user_category.rows, s.user_category.used, user << 32 | category)
         _add(plan, s.user_category.values, row, 4, kind, ts, clock, added, sign, window)
-    if (types[5] >> kind) & 1:
+    if session >= 0 and (types[5] >> kind) & 1:
         row = _row_of(s.session.keys, s.session.rows, s.session.used, session)
         _add(plan, s.session.values, row, 5, kind, ts, clock, added, sign, window)
 
@@ -137,7 +135,7 @@ def _everywhere(plan, s, ts, kind, user, item, category, session, clock, added, 
 def _marks(s, kind, user, item, ts, added):
     "Fill added[2:5] with fresh, again and stretch of a purchase, and remember it."
     added[2:] = 0
-    if kind != 4: return
+    if kind != 4 or user < 0 or item < 0: return
     v, r = s.bought.values, _row_of(s.bought.keys, s.bought.rows, s.bought.used, user << 32 | item)
     before = v[r, 2] - v[r, 1] if v[r, 0] else 0
     v[r, 0] += 1; v[r, 1] = min(v[r, 1], ts); v[r, 2] = max(v[r, 2], ts)
@@ -192,6 +190,7 @@ def _is_new(s, event_id):
     place = _slot(s.seen, event_id)
     if s.seen[place] == event_id: return False
     s.seen[place] = event_id
+    s.counts[2] += 1
     return True
 
 # %% ../../nbs/2_features/05_live.ipynb #d7d964d0
@@ -244,12 +243,11 @@ def _grown(values: np.ndarray, n: int, empty: np.ndarray) -> np.ndarray:
     if n <= len(values): return values
     return np.concatenate([values, np.tile(empty, (max(n, 2 * len(values)) - len(values), 1))])
 
-def _ids(seen: np.ndarray, more: int) -> np.ndarray:
-    "The table of ids `seen` with room for `more`."
-    known = seen[seen >= 0]
-    if 2 * (len(known) + more) <= len(seen): return seen
-    new = np.full(1 << int(4 * (len(known) + more)).bit_length(), -1, np.int64)
-    _fill_ids(new, known)
+def _ids(seen: np.ndarray, used: int, more: int) -> np.ndarray:
+    "The table of ids `seen`, of which it holds `used`, with room for `more`."
+    if 2 * (used + more) <= len(seen): return seen
+    new = np.full(1 << int(4 * (used + more)).bit_length(), -1, np.int64)
+    _fill_ids(new, seen[seen >= 0])
     return new
 
 @njit(cache=True, nogil=True)
@@ -268,7 +266,8 @@ class Updater:
         e, dense = self._empty, lambda k: np.zeros((0, len(self._empty(k))), np.int64)
         self.state = State(dense(0), dense(1), dense(2), _sparse(e(3)), _sparse(e(4)), _sparse(e(5)), _sparse(BOUGHT),
                            np.full(int(self.plan.seconds[-1]) + DAY, -1, np.int32), np.zeros((BLOCK, 8), np.int64), np.array([-1, 0]),
-                           np.zeros(2, np.int64), np.zeros(2, np.int64), np.full(1024, -1, np.int64), np.full(1024, -1, np.int64))
+                           np.zeros(2, np.int64), np.zeros(3, np.int64), np.full(1024, -1, np.int64), np.full(1024, -1, np.int64))
+        self.newest, self.held = -1, None # when the newest event that was added was known; (ids, known, events) of those that are not known yet
 
     def _empty(self, entity: int) -> np.ndarray: return self.plan.empty[self.plan.begin[entity]:self.plan.begin[entity + 1]]
 
@@ -276,26 +275,57 @@ class Updater:
         "Room in every table for a block of events."
         s, n, e = self.state, len(events), self._empty
         top = events.max(axis=0) + 1
-        if s.clock[0] - s.clock[1] > PERIOD: s = s._replace(seen_before=s.seen, seen=np.full(1024, -1, np.int64)); s.clock[1] = s.clock[0]
         self.state = s._replace(
             item=_grown(s.item, top[3], e(0)), category=_grown(s.category, top[4], e(1)), user=_grown(s.user, top[2], e(2)), user_item=_roomy(s.user_item, n, e(3)),
             user_category=_roomy(s.user_category, n, e(4)), session=_roomy(s.session, n, e(5)), bought=_roomy(s.bought, n, BOUGHT),
-            event=_grown(s.event, int(s.free[1]) + n, np.zeros(8, np.int64)), seen=_ids(s.seen, n))
+            event=_grown(s.event, int(s.free[1]) + n, np.zeros(8, np.int64)), seen=_ids(s.seen, int(s.counts[2]), n))
 
-    def update(self, ids: np.ndarray, known: np.ndarray, events: np.ndarray):
-        "Add events in the order given: `ids` int64 [n], not negative, one per event_id; `known` [n], epoch s; `events` int64 [n, 7], columns EVENT."
-        for i in range(0, len(events), BLOCK):
-            block = slice(i, i + BLOCK)
-            self._make_room(events[block])
-            _apply(self.plan, self.state, ids[block], known[block], events[block], 0, len(events[block]), self.added)
+    def _enter(self, period: int):
+        "Remember the ids of this period and of the one before it."
+        s, fresh = self.state, np.full(1024, -1, np.int64)
+        if period == s.clock[1]: return
+        self.state = s._replace(seen=fresh, seen_before=s.seen if period == s.clock[1] + 1 else fresh.copy())
+        s.clock[1], s.counts[2] = period, 0
+
+    def _add(self, ids, known, events):
+        "Apply events in blocks that end with the period."
+        period = np.maximum.accumulate(np.maximum(known, self.state.clock[0])) // PERIOD
+        ends = np.flatnonzero(np.diff(period, append=-1)) + 1
+        for begin, end in zip([0, *ends], ends):
+            self._enter(int(period[begin]))
+            for i in range(begin, end, BLOCK):
+                block = slice(i, min(i + BLOCK, end))
+                self._make_room(events[block])
+                _apply(self.plan, self.state, ids[block], known[block], events[block], 0, len(events[block]), self.added)
+        if len(known): self.newest = max(self.newest, int(known.max()))
+
+    def update(self, ids: np.ndarray, known: np.ndarray, events: np.ndarray, now: int | None = None):
+        """Add events in the order given: `ids` int64 [n], not negative, one per event_id; `known` [n], epoch s; `events` int64 [n, 7], columns EVENT.
+
+        What is not known before `now` (epoch s) waits until somebody asks about a later moment; without `now` nothing waits."""
+        ids, known, events = (np.ascontiguousarray(x, np.int64) for x in (ids, known, events))
+        if now is None: return self._add(ids, known, events)
+        later = known >= now
+        if later.any():
+            new = ids[later], known[later], events[later]
+            self.held = new if self.held is None else tuple(np.concatenate(pair) for pair in zip(self.held, new))
+        self._add(ids[~later], known[~later], events[~later])
+
+    def _release(self, t: int):
+        "Add what was held back and is known before `t`, in the order in which it became known."
+        if self.held is None or not (due := self.held[1] < t).any(): return
+        order = np.argsort(self.held[1][due], kind="stable")
+        self._add(*(x[due][order] for x in self.held))
+        self.held = None if due.all() else tuple(x[~due] for x in self.held)
 
     def sums(self, keys: np.ndarray, t: int) -> np.ndarray:
         "The integers [n, A] of rows with `keys` int64 [n, 4] (user, item, category, session; -1: none), as of `t`, which does not go back."
-        if t < self.state.clock[0]: raise RecsysError("an updater cannot look back", f"moment {t}", "ask the offline job for moments of the past")
+        if t < self.state.clock[0] or t <= self.newest: raise RecsysError("an updater cannot look back", f"moment {t}", "ask later, or give update a `now`; the offline job knows the past")
+        self._release(t)
         self.added[0] = 1
         advance(self.plan, self.state, t, self.added)
         out = np.empty((len(keys), len(self.plan.op)), np.int64)
-        _read_all(self.plan, self.state, keys, out)
+        _read_all(self.plan, self.state, np.ascontiguousarray(keys, np.int64), out)
         return out
 
     def features(self, keys: np.ndarray, t: int) -> np.ndarray:

@@ -69,59 +69,63 @@ def with_features(table: pl.DataFrame, entity: str, moment: int) -> pl.DataFrame
     return pl.DataFrame(finish(program, sums.reshape(len(table), -1), np.full(len(table), moment)), schema={f.name: pl.Float32 for f in wanted})
 
 # %% ../../nbs/2_features/07_store.ipynb #2c52122a
+TIMES = ("event_ts", "created_ts")  # what the values are of, and when they were computed
+
 @njit(cache=True, nogil=True)
-def _best_so_far(key, n_keys, event, created):
-    "For stored rows in the order in which they can be seen: where each key's rows begin, their positions by key, and the best row up to each."
+def _best_so_far(key, n_keys, order, event, created):
+    "Stored rows, in the `order` in which they could be seen, by key: where each key's rows begin, when each was seen, and the best row until then."
     ptr = np.zeros(n_keys + 1, np.int64)
     for k in key: ptr[k + 1] += 1
     ptr = np.cumsum(ptr)
-    at, order, best = ptr[:-1].copy(), np.empty(len(key), np.int64), np.empty(len(key), np.int64)
-    for i in range(len(key)):
+    at, seen, best = ptr[:-1].copy(), np.empty(len(key), np.int64), np.empty(len(key), np.int64)
+    for i in order:
         p = at[key[i]]
         at[key[i]] += 1
-        order[p] = best[p] = i
+        seen[p], best[p] = max(event[i], created[i]), i
         if p > ptr[key[i]]:
             b = best[p - 1]
-            if (event[b], created[b]) > (event[i], created[i]): best[p] = b
-    return ptr, order, best
+            if event[b] > event[i] or event[b] == event[i] and created[b] > created[i]: best[p] = b
+    return ptr, seen, best
 
 # %% ../../nbs/2_features/07_store.ipynb #dd965e97
 @njit(cache=True, nogil=True)
-def _as_of(ptr, order, best, seen, event, key, t, ttl):
-    "For each asked (key, t): the position of its stored row, or -1. `seen`: max(event, created); `ttl` in seconds; key -1: not stored at all."
+def _as_of(ptr, seen, best, event, key, t, ttl):
+    "For each asked (key, t) the position of its stored row, or -1; key -1: not stored at all. `ttl` in seconds."
     out = np.full(len(key), -1, np.int64)
     for r in range(len(key)):
         if key[r] < 0: continue
         first, lo, hi = ptr[key[r]], ptr[key[r]], ptr[key[r] + 1]
         while lo < hi:
             mid = (lo + hi) // 2
-            if seen[order[mid]] <= t[r]: lo = mid + 1
+            if seen[mid] <= t[r]: lo = mid + 1
             else: hi = mid
         if lo > first and event[best[lo - 1]] >= t[r] - ttl: out[r] = best[lo - 1]
     return out
 
 # %% ../../nbs/2_features/07_store.ipynb #69db0df6
-def _coded(rows: pl.DataFrame, keys: list[str], distinct: pl.DataFrame) -> np.ndarray:
-    "The position of each row's key in `distinct`, int64; -1 where it is not there."
-    coded = rows.select(keys).join(distinct.with_row_index("_code"), on=keys, how="left", maintain_order="left")
-    return coded["_code"].cast(pl.Int64).fill_null(-1).to_numpy()
+def _codes(stored: pl.DataFrame, rows: pl.DataFrame, keys: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
+    "Dense codes of the keys of `stored` and of `rows` (-1: not stored), int64, and how many there may be."
+    key, asked = stored[keys[0]], rows[keys[0]]
+    if len(keys) == 1 and key.dtype.is_integer() and len(key) and key.min() >= 0 and (top := key.max()) < 4 * len(key):
+        asked = asked.cast(pl.Int64).fill_null(-1).to_numpy()
+        return key.cast(pl.Int64).to_numpy(), np.where((asked >= 0) & (asked <= top), asked, -1), top + 1
+    distinct = stored.select(keys).unique().with_row_index("_code")
+    found = (f.select(keys).join(distinct, on=keys, how="left", maintain_order="left")["_code"] for f in (stored, rows))
+    return *(c.cast(pl.Int64).fill_null(-1).to_numpy() for c in found), len(distinct)
 
 def newest_rows(stored: pl.DataFrame, # keys, event_ts, created_ts; any order
                 rows: pl.DataFrame,   # keys, t (epoch s)
                 keys: list[str],
                 ttl: int,             # seconds
-                ) -> tuple[pl.DataFrame, pl.Series]:
-    "`stored` in the order in which it could be seen, and for each of `rows` a position there, or null."
-    event, created = (pl.col(c).dt.epoch("s") for c in ("event_ts", "created_ts"))
-    stored = stored.with_columns(_event=event, _created=created, _seen=pl.max_horizontal(event, created)).sort("_seen", maintain_order=True)
-    distinct, (event, created, seen) = stored.select(keys).unique(), (stored[c].to_numpy() for c in ("_event", "_created", "_seen"))
-    by_key = _best_so_far(_coded(stored, keys, distinct), len(distinct), event, created)
-    at = pl.Series(_as_of(*by_key, seen, event, _coded(rows, keys, distinct), rows["t"].to_numpy(), ttl))
-    return stored.drop("_event", "_created", "_seen"), at.set(at < 0, None)
+                ) -> pl.Series:       # a position in `stored` for each of `rows`, or null
+    "What was known of each row's key at its moment."
+    event, created = (stored[c].dt.epoch("s").to_numpy() for c in TIMES)
+    order = np.argsort(np.maximum(event, created), kind="stable")
+    held, asked, n = _codes(stored, rows, keys)
+    at = pl.Series(_as_of(*_best_so_far(held, n, order, event, created), event, asked, rows["t"].to_numpy(), ttl))
+    return at.set(at < 0, None)
 
 # %% ../../nbs/2_features/07_store.ipynb #bacf3866
-TIMES = ("event_ts", "created_ts")
-
 def _utc(seconds: int) -> datetime: return datetime.fromtimestamp(seconds, timezone.utc)
 
 def _file(entity: str, moment: int, created: int) -> str:
@@ -163,9 +167,11 @@ class OfflineStore:
         "What was known of each row's key at its moment: newest event_ts with event_ts ≤ t and created_ts ≤ t."
         rows, keys, ttl = rows.lazy().collect(), [*ENTITIES[entity]], round(max_age_days * DAY)
         if missing := {*keys, "t"} - {*rows.columns}: raise RecsysError(f"no column {', '.join(sorted(missing))}", "rows", "give the entity's keys and t")
+        if rows["t"].null_count() or not rows["t"].dtype.is_integer(): raise RecsysError("t is missing or no whole number", "rows", "give every row its moment in epoch seconds")
         stored = self.read(entity, rows["t"].min() - ttl, rows["t"].max()) if len(rows) else self.read(entity, 1, 0)
         columns = [c for c in stored.collect_schema() if c not in (*keys, *TIMES)] if columns is None else columns
-        stored, at = newest_rows(stored.select(*keys, *TIMES, *columns).collect(), rows, keys, ttl)
+        stored = stored.select(*keys, *TIMES, *columns).collect()
+        at = newest_rows(stored, rows, keys, ttl)
         return rows.hstack(stored.select(pl.col(columns).gather(at))).lazy()
 
 # %% ../../nbs/2_features/07_store.ipynb #7bdc430e
