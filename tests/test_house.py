@@ -117,7 +117,7 @@ def test_a_wing_imports_only_itself_and_earlier_wings(path):
 TRAINING_ROOMS = {"recsys/candidates/vectors.py": {"torch"}, "recsys/candidates/fit.py": {"torch", "pytorch_lightning"},
                   "recsys/candidates/build.py": set()}
 HEAVY = set("""torch pytorch_lightning lightning torchmetrics shap lightgbm altair implicit faiss jupyter jupyterlab jupyter_server nbconvert papermill
-    IPython ipykernel pandas sklearn matplotlib vl_convert""".split())
+    IPython ipykernel pandas sklearn matplotlib vl_convert feast dask redis pyspark""".split())
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)
 def test_no_module_loads_a_heavy_library_at_its_top(path):
@@ -135,12 +135,14 @@ def test_rooms_that_do_not_train_load_nothing_heavy_through_others_either():
     assert set(out.split()) & HEAVY == set()
 
 def test_what_is_imported_is_declared():
-    "A package that only some other package brings may go away with the next version of that one."
-    declared = {canonicalize_name(Requirement(r).name) for r in PROJECT["dependencies"]}
+    "A package that only some other package brings may go away with the next version of that one. An extra may be missing: functions only."
+    names = lambda requirements: {canonicalize_name(Requirement(r).name) for r in requirements}
+    always, extras = names(PROJECT["dependencies"]), names(sum((v for k, v in EXTRAS.items() if k != "dev"), []))
     owners, loose = metadata.packages_distributions(), {}
     for path in MODULES:
-        for top in {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names) - {"recsys"}:
-            if not {canonicalize_name(d) for d in owners.get(top, [])} & declared: loose.setdefault(top, []).append(ids(path))
+        for inside, declared in ((True, always | extras), (False, always)):
+            for top in {n.split(".")[0] for n in imports(path, inside)} - set(sys.stdlib_module_names) - {"recsys"}:
+                if not {canonicalize_name(d) for d in owners.get(top, [])} & declared: loose.setdefault(top, set()).add(ids(path))
     assert loose == {}
 
 UNSAFE = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

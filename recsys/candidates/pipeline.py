@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARD', 'BYTES_PER_EVENT', 'BYTES_PER_ID', 'COUNTED', 'SIDES', 'Engine', 'Polars', 'Spark', 'engine_of',
-           'check_memory', 'shards_of', 'offline_tables', 'read_table']
+           'check_memory', 'shards_of', 'offline_tables', 'read_table', 'feature_store']
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #1b4d6fc4
-import shutil
+import shutil, tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from ..features.definitions import LIVE_NAMES, PROGRAM
 from ..features.formulas import ENTITIES, finish
 from ..features.offline import MARKS, codes, log_of, purchases_of, sums_at, training_rows, with_marks, with_seconds
 from ..features.point_in_time import DAY, category_codes
+from ..features.store import OfflineStore, materialize
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #9d5fe2cc
 class Engine(Protocol):
@@ -167,3 +168,18 @@ def read_table(out: str | Path) -> tuple[pl.DataFrame, np.ndarray]:
     table = pl.read_parquet(sorted((Path(out)/"table").glob("*.parquet"))).sort("row")
     sums = table.select(f"a{i}" for i in range(len(PROGRAM.aggregates))).to_numpy()
     return table.select("row", "user", "item", "category", "session", "t", "label"), finish(PROGRAM, sums, table["t"].to_numpy())
+
+# %% ../../nbs/3_candidates/08_pipeline.ipynb #34d490d8
+def feature_store(ingested: str | Path, out: str | Path) -> dict[str, int]:
+    "Both halves of the feature store as of an ingest's moment: `out`/offline (Parquet, ids of the shop) and `out`/online (arrays). Rows by entity."
+    ingested, out, engine = Path(ingested), Path(out), Polars()
+    moment = int(datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"]).timestamp())
+    events, items = engine.scan(ingested/"events").filter(nw.col("flag").is_null()), pl.read_parquet(ingested/"items.parquet")
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as tmp:
+        tmp = Path(tmp)
+        _dictionaries(engine, events, items, tmp); _log(engine, events, tmp)
+        read = lambda name, id: pl.read_parquet(tmp/name/"part-0.parquet")[id]
+        categories = read("items", "category").to_numpy()
+        paths = items["category"].fill_null("?").gather(np.unique(categories, return_index=True)[1])
+        ids = dict(user=read("users", "who"), item=read("items", "item_id"), session=read("sessions", "session_id"), category=paths)
+        return materialize(engine.scan(tmp/"log"), moment, OfflineStore(out/"offline"), out/"online", len(ids["user"]), categories, ids)

@@ -256,7 +256,7 @@ def _fill_ids(table, ids):
 
 # %% ../../nbs/2_features/05_live.ipynb #16b00b36
 EVENT = ("ts", "kind", "user", "item", "category", "session", "cents")
-PERIOD = 2 * DAY # event ids are remembered for at least as long
+PERIOD = 3 * DAY # event ids are remembered for at least as long
 BLOCK = 65_536
 
 class Updater:
@@ -335,9 +335,9 @@ class Updater:
 BOUGHT = np.array([0, 2**62, -1], np.int64)
 
 # %% ../../nbs/2_features/05_live.ipynb #57e2015b
-def replay(program: Program, log, rows, disorder: int | None = None) -> np.ndarray:
+def replay(program: Program, log, rows, disorder: int | None = None, within: int = DAY) -> np.ndarray:
     """The integers [rows, A] that an updater holds at each row's moment; polars frames `log` (ids int64 in `id`, columns EVENT, known)
-    and `rows` (user, item, category, session, t). With a seed `disorder`, events that arrive between two moments come in random order."""
+    and `rows` (user, item, category, session, t). With a seed `disorder`, events that arrive between two moments come up to `within` seconds out of order."""
     updater, rng = Updater(program), np.random.default_rng(disorder)
     log, order = log.sort("known", "id", maintain_order=True), np.argsort(rows["t"].to_numpy(), kind="stable")
     ids, known, events = log["id"].to_numpy(), log["known"].to_numpy(), np.ascontiguousarray(log.select(EVENT).to_numpy())
@@ -346,7 +346,7 @@ def replay(program: Program, log, rows, disorder: int | None = None) -> np.ndarr
     moments, first = np.unique(t[order], return_index=True)
     for moment, group in zip(moments, np.split(order, first[1:])):
         end = int(np.searchsorted(known, moment))
-        new = np.arange(done, end) if disorder is None else rng.permutation(np.arange(done, end))
+        new = np.arange(done, end) if disorder is None else done + np.argsort(known[done:end] + rng.integers(0, within + 1, end - done), kind="stable")
         updater.update(ids[new], known[new], events[new])
         out[group], done = updater.sums(keys[group], moment), end
     return out

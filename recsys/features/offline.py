@@ -59,7 +59,7 @@ def with_marks(log: nw.LazyFrame) -> nw.LazyFrame:
     bought = bought.with_columns(fresh=one(nw.col("n") == 1), again=one(nw.col("n") == 2), stretch=nw.col("span") - before).drop("n", "span")
     others = log.filter(~is_one)
     others = others.with_columns(*(nw.lit(0, nw.Int64).alias(c) for c in MARKS))
-    return nw.concat([others, bought.select(*LOG, *MARKS)], how="vertical")
+    return nw.concat([others.select(*LOG, *MARKS), bought.select(*LOG, *MARKS)], how="vertical")
 
 MARKS = ("fresh", "again", "stretch")
 

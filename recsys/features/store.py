@@ -66,7 +66,7 @@ def with_features(table: pl.DataFrame, entity: str, moment: int) -> pl.DataFrame
     wanted = entity_features(entity)
     program = compiled([f.formula for f in wanted])
     sums = table.select(column_of(a) for a in program.aggregates).to_numpy()
-    return pl.DataFrame(finish(program, sums.reshape(len(table), -1), np.full(len(table), moment)), schema={f.name: pl.Float32 for f in wanted})
+    return pl.DataFrame(finish(program, sums.reshape(len(table), len(program.aggregates)), np.full(len(table), moment)), schema={f.name: pl.Float32 for f in wanted})
 
 # %% ../../nbs/2_features/07_store.ipynb #2c52122a
 TIMES = ("event_ts", "created_ts")  # what the values are of, and when they were computed

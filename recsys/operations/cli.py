@@ -106,6 +106,88 @@ def _status(a):
     print(f"serving: {(bundles/'current').resolve().name if (bundles/'current').exists() else 'nothing yet'}   versions: {', '.join(versions(bundles)) or 'none'}")
     return 0
 
+# %% ../../nbs/9_operations/07_cli.ipynb #69f0a5c5
+def _retry(s):
+    "Read the quarantined rows of the last ingest again; a line about them."
+    from datetime import datetime, timezone
+    from recsys.core.jobs import folder_of
+    from recsys.core.settings import RecsysError
+    from recsys.data.quarantine import retry_quarantine
+    mapping = s.resolve(s.data.dataset)
+    if not mapping.is_file(): raise RecsysError("a built-in dataset has no mapping that could be corrected", f"[data] dataset = {s.data.dataset}", "name a mapping file")
+    said = retry_quarantine(folder_of("ingest", "", s)/"quarantine.parquet", mapping, s.data_dir, datetime.now(timezone.utc), s.data.clock_skew_minutes)
+    print(f"quarantine: {said['tried']} rows tried, {said['recovered']} recovered, {said['known']} known already")
+    for reason, n in said["bad"].items(): print(f"  {n:>8}  {reason}")
+
+def _ingest(a):
+    from recsys.core.files import read_json
+    from recsys.core.jobs import folder_of
+    from recsys.core.settings import load_settings
+    from recsys.operations.runner import STEPS, run
+    s = load_settings()
+    if a.retry_quarantine: _retry(s)
+    with _Steps() as steps: run(s, a.date, say=steps.say, steps=STEPS[:2])
+    said = read_json(folder_of("ingest", "", s)/"ingest.json")
+    print(f"{said['rows']:,} events of {said['rows_read']:,} rows, {said['duplicates']:,} duplicates, {said['quarantined']:,} in quarantine. Look at {s.reports_dir/'runs'}")
+    return 0
+
+def _forget(a):
+    from recsys.core.jobs import folder_of
+    from recsys.core.settings import RecsysError, load_settings
+    from recsys.data.identity import forget
+    s = load_settings()
+    try: links = folder_of("ingest", "", s)/"links.parquet"
+    except RecsysError: links = None  # nothing was ingested yet
+    print(f"{forget(s.data_dir, a.id, links)} new on the list; every run from now on leaves them out")
+    return 0
+
+# %% ../../nbs/9_operations/07_cli.ipynb #3a9234b5
+def _simulate(a):
+    from pathlib import Path
+    from rich.console import Console
+    from recsys.data.simulator import simulate
+    with Console(stderr=True).status("simulating") as status:
+        said = simulate(Path(a.out), a.events, a.seed, days=a.days, on_step=lambda name: status.update(f"simulating: {name}"))
+    print(f"{said['rows']:,} simulated events in {a.out}; write `dataset = {a.out}/simulated.toml` into [data] of settings.ini to run on them")
+    return 0
+
+def _ingested(s):
+    from recsys.core.jobs import folder_of
+    return folder_of("ingest", "", s)
+
+def _features_build(a):
+    from datetime import datetime
+    from pathlib import Path
+    from rich.console import Console
+    from recsys.candidates.pipeline import engine_of, offline_tables
+    from recsys.core.files import atomic_dir, read_json
+    from recsys.core.settings import load_settings
+    s = load_settings()
+    until = int(datetime.fromisoformat(read_json(_ingested(s)/"ingest.json")["moment"]).timestamp())
+    with Console(stderr=True).status("building") as status, atomic_dir(Path(a.out)) as tmp:
+        said = offline_tables(_ingested(s), tmp, engine_of(s), s, until - a.days * 86400, until, a.negatives, a.one_in, lambda name: status.update(f"building: {name}"))
+    print(f"{said['rows']:,} training rows with all live features from {said['events']:,} events, by {said['engine']}, in {a.out}")
+    return 0
+
+def _features_feast(a):
+    from pathlib import Path
+    from recsys.candidates.pipeline import feature_store
+    from recsys.core.files import atomic_dir
+    from recsys.core.settings import load_settings
+    from recsys.features.feast_repo import feast_repository
+    out = Path(a.out).resolve()
+    with atomic_dir(out/"store") as tmp: feature_store(_ingested(load_settings()), tmp/"new")
+    said = feast_repository(out/"repository", out/"store"/"new"/"offline", a.online)
+    print(f"{said['features']} features in {said['views']} views as of {said['moment']}: a Feast repository in {said['folder']}")
+    return 0
+
+def _bench_features(a):
+    from pathlib import Path
+    from recsys.operations.bench import bench_features
+    said = bench_features(a.events, Path(a.out), a.engine)
+    print(f"{said['events']:,} simulated events, {said['events_per_cpu_second']:,.0f} per CPU second, peak {said['peak_rss_mb']:,.0f} MB, equal: {said['equal']}")
+    return 0
+
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
@@ -125,6 +207,25 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--explain", action="store_true", help="show what moved each score"); c.add_argument("--json", action="store_true", help="print JSON")
     c = command("serve", _serve, "answer over HTTP from the current bundle")
     c.add_argument("--host"); c.add_argument("--port", type=int)
+    c = command("ingest", _ingest, "read and check the shop's data; nothing is learnt yet")
+    c.add_argument("--date", default="", metavar="DAY"); c.add_argument("--retry-quarantine", action="store_true", help="first read again what was set aside")
+    c = command("forget", _forget, "never again learn from these users or visitors")
+    c.add_argument("id", nargs="+", metavar="ID")
+    c = command("simulate", _simulate, "make up a shop of any size, to try things on")
+    c.add_argument("--events", type=int, required=True); c.add_argument("--out", required=True, metavar="DIR")
+    c.add_argument("--seed", type=int, default=42); c.add_argument("--days", type=int, default=90)
+    features = command("features", None, "tables of live features, and the door to Feast").add_subparsers(required=True, metavar="WHAT")
+    def of(parent, name, do, text):
+        c = parent.add_parser(name, help=text, description=text); c.set_defaults(do=do); c.add_argument("--out", required=True, metavar="PATH")
+        return c
+    c = of(features, "build", _features_build, "training rows with features as of their moments, and pairs of items; on [run] engine")
+    c.add_argument("--days", type=int, default=28, help="of training rows, before the end of the data"); c.add_argument("--negatives", type=int, default=4)
+    c.add_argument("--one-in", type=int, default=1, metavar="N", help="keep one purchase in N")
+    c = of(features, "feast", _features_feast, "write, apply and fill a Feast repository")
+    c.add_argument("--online", default="sqlite", metavar="STORE", help="sqlite, or redis://host:port")
+    bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
+    c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
+    c.add_argument("--events", type=int, required=True); c.add_argument("--engine", choices=("polars", "spark"), default="polars")
     command("status", _status, "the last runs and what is being served")
     return p
 
