@@ -213,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("id", nargs="+", metavar="ID")
     c = command("simulate", _simulate, "make up a shop of any size, to try things on")
     c.add_argument("--events", type=int, required=True); c.add_argument("--out", required=True, metavar="DIR")
-    c.add_argument("--seed", type=int, default=42); c.add_argument("--days", type=int, default=90)
+    c.add_argument("--seed", type=int, default=42); c.add_argument("--days", type=int, default=180, help="of history; the daily cycle needs some 130 at the usual settings")
     features = command("features", None, "tables of live features, and the door to Feast").add_subparsers(required=True, metavar="WHAT")
     def of(parent, name, do, text):
         c = parent.add_parser(name, help=text, description=text); c.set_defaults(do=do); c.add_argument("--out", required=True, metavar="PATH")

@@ -198,7 +198,7 @@ def run(settings: Settings, date: str = "", records: dict | None = None, say=lam
     records, done, folders, label = {} if records is None else records, {}, {}, date or "latest"
     with run_lock(settings.data_dir):
         sweep(settings.data_dir)
-        source = source_digest(settings.data.dataset, Path(settings.file).parent)
+        source = source_digest(settings.data.dataset, Path(settings.file).parent, settings.data_dir)
         for step in steps:
             mark = plan(step, settings, date, source, done)
             folder = steps_folder(settings)/f"{step.name}-{mark}"

@@ -1,0 +1,67 @@
+"The commands around the data, as a person types them: ingest, retry, forget, simulate, features."
+import json
+
+import polars as pl
+import pytest
+from shop import MAPPING, events, make_shop, recsys, write_csv
+
+from recsys.candidates.pipeline import read_table
+from recsys.features.definitions import LIVE, LIVE_NAMES
+
+def said_by(folder) -> dict:
+    "ingest.json of the newest ingest."
+    return json.loads(max((folder/"data/steps").glob("ingest-*/ingest.json"), key=lambda p: p.stat().st_mtime).read_text())
+
+def ok(result):
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr + result.stdout
+    return result.stdout
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "A shop with ten rows that cannot be read, ingested."
+    folder = make_shop(tmp_path_factory.mktemp("shop"))
+    rows = events()
+    for i, r in enumerate(rows[:10]): rows[i] = dict(r, action="bougt")
+    write_csv(folder/"events.csv", rows)
+    ok(recsys(folder, "ingest"))
+    return folder
+
+def test_ingest_says_what_it_found_and_validates(shop):
+    said = said_by(shop)
+    assert said["quarantined"] == 10 and said["rows"] == said["rows_read"] - 10
+    assert (shop/"reports").exists() and sorted(p.name.split("-")[0] for p in (shop/"data/steps").iterdir() if not p.name.startswith(".")) == ["ingest", "validate"]
+
+def test_what_was_quarantined_comes_back_after_the_mapping_was_corrected(shop, tmp_path):
+    before = said_by(shop)
+    (shop/"shop.toml").write_text(MAPPING.replace('{bought = "purchase"}', '{bought = "purchase", bougt = "purchase"}'))
+    kept = (shop/"events.csv").read_text().splitlines()
+    (shop/"events.csv").write_text("\n".join(l for l in kept if "bougt" not in l) + "\n")  # the source no longer has them
+    out = ok(recsys(shop, "ingest", "--retry-quarantine"))
+    assert "10 rows tried, 10 recovered" in out, out
+    after = said_by(shop)
+    assert after["rows"] == before["rows"] + 10 and after["quarantined"] == 0
+    again = ok(recsys(shop, "ingest", "--retry-quarantine"))
+    assert " 0 recovered" in again and said_by(shop)["rows"] == after["rows"]
+
+def test_a_forgotten_person_is_in_no_later_ingest(shop):
+    folder = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
+    seen = lambda f: pl.read_parquet(f/"events/**/*.parquet")["user_id"].drop_nulls()
+    assert (seen(folder) == "c7").any()
+    ok(recsys(shop, "forget", "c7"))
+    ok(recsys(shop, "ingest"))
+    newest = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
+    assert newest != folder and not (seen(newest) == "c7").any() and len(seen(newest)) > 1000
+    assert not [p for p in newest.rglob("*") if p.is_file() and b"c7\"" in p.read_bytes()]
+    assert b"c7" not in (shop/"data/forgotten.json").read_bytes()
+
+def test_simulate_then_ingest_then_features(shop):
+    out = ok(recsys(shop, "simulate", "--events", "30000", "--out", "made-up", "--seed", "3"))
+    assert "simulated" in out
+    again = recsys(shop, "simulate", "--events", "30000", "--out", "made-up")
+    assert again.returncode == 1 and again.stderr.startswith("recsys: ") and again.stderr.count("\n") == 1
+    env = dict(RECSYS_DATA_DATASET="made-up/simulated.toml")
+    ok(recsys(shop, "ingest", env=env))
+    ok(recsys(shop, "features", "build", "--out", "table", "--days", "20", "--negatives", "2", env=env))
+    rows, x = read_table(shop/"table")
+    assert x.shape == (rows.height, len(LIVE)) and rows["label"].sum() > 30 and (x[:, LIVE_NAMES.index("item_views_30d")] > 0).any()
+    assert not (shop/"table"/"sums").exists() and rows.select(pl.col("row").n_unique()).item() == rows.height
