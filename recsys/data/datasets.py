@@ -14,8 +14,8 @@ from pathlib import Path
 import polars as pl
 
 from ..core.settings import RecsysError
-from .events import UTC
-from .importers import Source, Table
+from .events import UTC, Event, Item, User, conform
+from .importers import Source, Table, rows_of
 
 # %% ../../nbs/1_data/03_datasets.ipynb #c741a1da
 ABOUT = "simulated from real shopping patterns, says its README; the tables are dunnhumby's The Complete Journey"
@@ -108,9 +108,12 @@ def _users(demographics: pl.LazyFrame) -> pl.LazyFrame:
         source=pl.lit("demographics.parquet"))
 
 # %% ../../nbs/1_data/03_datasets.ipynb #e4e8cf4b
-def _table(rows: pl.LazyFrame, name: str, folder: Path) -> Table:
-    "Mapped rows, and the raw ones to look up what is wrong with them."
-    return Table(rows.collect(), {f"{name}.parquet": raw_table(name, folder).with_row_index("row", offset=1)})
+def _table(rows: pl.LazyFrame, name: str, folder: Path, contract, size: int = 250_000) -> Table:
+    "Mapped rows in batches of `size`, and the raw ones to look up what is wrong with them."
+    def batches():
+        for at in range(0, rows.select(pl.len()).collect().item(), size):
+            yield conform(rows.slice(at, size).collect().with_columns(problem=pl.lit(None, pl.String)), contract)
+    return Table(batches, {f"{name}.parquet": raw_table(name, folder).with_row_index("row", offset=1)})
 
 # %% ../../nbs/1_data/03_datasets.ipynb #a5ec72f9
 def journey_files(folder: Path | None = None) -> dict[str, Path]:
@@ -123,8 +126,9 @@ def complete_journey(folder: Path | None = None) -> Source:
     raw = partial(raw_table, folder=folder)
     weeks = week_calendar(raw("transactions"))
     return Source("complete_journey", ABOUT,
-        events=_table(_purchases(raw("transactions")), "transactions", folder),
-        items=_table(_items(raw("products")), "products", folder), users=_table(_users(raw("demographics")), "demographics", folder),
+        events=_table(_purchases(raw("transactions")), "transactions", folder, Event),
+        items=_table(_items(raw("products")), "products", folder, Item),
+        users=_table(_users(raw("demographics")), "demographics", folder, User),
         promotions=lambda moment: promotion_shares(raw("promotions"), weeks.filter(pl.col("from_ts") <= moment)),
         coupons=lambda moment: coupon_periods(raw("coupons"), raw("campaign_descriptions")).filter(pl.col("from_ts") <= moment),
         files=journey_files(folder))
