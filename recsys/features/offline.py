@@ -28,8 +28,8 @@ def with_seconds(events: nw.LazyFrame) -> nw.LazyFrame:
     if events.implementation.is_polars():
         return nw.from_native(native.with_columns(ts=pl.col("ts").dt.epoch("s"), known=pl.max_horizontal("ts", "received_ts").dt.epoch("s")))
     from pyspark.sql import functions as F
-    known = F.floor(F.unix_micros(F.greatest("ts", "received_ts")) / 1_000_000).cast("long")
-    return nw.from_native(native.withColumn("known", known).withColumn("ts", F.floor(F.unix_micros("ts") / 1_000_000).cast("long")))
+    known = F.unix_seconds(F.greatest("ts", "received_ts"))
+    return nw.from_native(native.withColumn("known", known).withColumn("ts", F.unix_seconds("ts")))
 
 # %% ../../nbs/2_features/04_offline.ipynb #c5097794
 def log_of(events: nw.LazyFrame, # columns of the Event contract, ts and received_ts as `with_seconds` leaves them
