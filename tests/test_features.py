@@ -3,6 +3,7 @@ import math
 from datetime import datetime, timedelta, timezone
 from statistics import mean, median
 
+import narwhals as nw
 import numpy as np
 import polars as pl
 import pytest
@@ -12,6 +13,7 @@ from recsys.candidates.blend import load_state
 from recsys.core.settings import RecsysError
 from recsys.data.events import conform, read_events, write_events
 from recsys.features.definitions import CART, FEATURES, HISTORY, ITEM, NAMES, NIGHTLY_ITEM, NIGHTLY_USER, OFFSET, USER
+from recsys.features.offline import in_base
 from recsys.features.point_in_time import DAY, PAIR, category_codes, encode, load_arrays, promotions_at, save_arrays, snapshot
 from recsys.ranking.rows import Cases, training_rows
 
@@ -314,3 +316,8 @@ def test_arrays_come_back_and_broken_ones_are_named(tmp_path):
         (tmp_path/"a"/"y.npy").write_bytes(bad)
         with pytest.raises(RecsysError, match=r"y\.npy: broken array"): load_arrays(tmp_path/"a")
     with pytest.raises(RecsysError, match="lacks item_x"): load_state(tmp_path/"empty")
+
+def test_prices_are_compared_in_the_shop_s_currency():
+    events = nw.from_native(pl.LazyFrame(dict(price=[10., 10., 10., 10., None], currency=["EUR", "USD", "SEK", None, "USD"])))
+    assert in_base(events, "EUR", {"USD": .92}).collect()["price"].to_list() == [10., 9.200000000000001, None, 10., None]
+    assert in_base(events, "", {"USD": .92}).collect()["price"].to_list() == [10., 10., 10., 10., None]

@@ -7,10 +7,12 @@ __all__ = ['SHARD', 'BYTES_PER_EVENT', 'BYTES_PER_ID', 'COUNTED', 'SIDES', 'Engi
            'check_memory', 'shards_of', 'offline_tables', 'read_table', 'feature_store']
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #1b4d6fc4
-import shutil, tempfile
+import os, re, shutil, socket, tempfile, time
+from contextlib import contextmanager
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import narwhals as nw
 import numpy as np
@@ -20,9 +22,10 @@ import psutil
 from .covisitation import covisited
 from ..core.files import full_disk_is_clear, read_json, write_json
 from ..core.settings import RecsysError, Settings
+from ..data.events import exchange_rates
 from ..features.definitions import LIVE_NAMES, PROGRAM
 from ..features.formulas import ENTITIES, finish
-from ..features.offline import MARKS, codes, log_of, purchases_of, sums_at, training_rows, with_marks, with_seconds
+from ..features.offline import MARKS, codes, in_base, log_of, purchases_of, sums_at, training_rows, with_marks, with_seconds
 from ..features.point_in_time import DAY, category_codes
 from ..features.store import OfflineStore, materialize
 
@@ -44,24 +47,98 @@ class Polars:
         with full_disk_is_clear(path): frame.to_native().sink_parquet(Path(path)/"part-0.parquet", compression="lz4")
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #42252b59
-class Spark:
-    "A Spark session at `master`."
-    name = "spark"
-    def __init__(self, master: str, **options: str):
-        try: from pyspark.sql import SparkSession
-        except ImportError: raise RecsysError("Spark is not installed", "[run] engine = spark", "pip install -c constraints.txt '.[spark]', or set engine = polars") from None
-        settings = {"spark.sql.session.timeZone": "UTC", "spark.sql.ansi.enabled": "true", "spark.ui.enabled": "false",
-                    "spark.sql.shuffle.partitions": "8", "spark.ui.showConsoleProgress": "false", **options}
-        builder = SparkSession.builder.master(master).appName("recsys")
-        for key, value in settings.items(): builder = builder.config(key, value)
-        self.session = builder.getOrCreate()
-        self.session.sparkContext.setLogLevel("ERROR")
+def _need_java():
+    "`RecsysError` if Spark would find no Java."
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which("java", path=f"{home}/bin" if home else None): return
+    raise RecsysError("Spark needs Java 17 or newer, there is none " + (f"in JAVA_HOME ({home})" if home else "on the PATH"), "[run] engine = spark",
+                      "install one (Debian: apt-get install default-jre-headless), or set engine = polars")
 
-    def scan(self, path): return nw.from_native(self.session.read.option("recursiveFileLookup", "true").parquet(str(path)))
-    def write(self, frame, path): frame.to_native().write.mode("overwrite").parquet(str(path))
+def _need_master(master: str, seconds: float = 5):
+    "`RecsysError` if nobody listens at any address of a standalone `master` (spark://host:port,host:port)."
+    if not master.startswith("spark://"): return
+    for address in master.removeprefix("spark://").split(","):
+        host, _, port = address.rpartition(":")
+        try: return socket.create_connection((host, int(port)), seconds).close()
+        except (OSError, ValueError, OverflowError): continue
+    raise RecsysError("no Spark master listens there", f"[run] spark_master = {master}", "start it, correct the address, or set spark_master = local[2]")
+
+# %% ../../nbs/3_candidates/08_pipeline.ipynb #f47a93d0
+def _cause(text: str) -> str:
+    "The line of a Java exception that says why."
+    lines = [l.strip() for l in text.splitlines() if l.strip()]
+    found = [l for l in lines if l.startswith("Caused by: ")][-1:] or [l for l in lines if l.startswith(": ")] or lines[:1] or ["no reason given"]
+    return found[0].removeprefix("Caused by: ").lstrip(": ")[:400]
+
+@contextmanager
+def _one_line(where: str | Path, todo: str = "see Spark's own log, or set engine = polars"):
+    "`RecsysError` instead of Spark's exceptions and Java's."
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+    try: yield
+    except (PySparkException, Py4JError) as e: raise RecsysError(f"Spark failed: {_cause(str(e))}", where, todo) from e
+
+# %% ../../nbs/3_candidates/08_pipeline.ipynb #3d3dfd25
+def _is_local(master: str) -> bool: return master == "local" or master.startswith("local[")
+
+def _options(master: str) -> dict[str, str]:
+    "What this room needs of Spark."
+    common = {"spark.sql.session.timeZone": "UTC", "spark.sql.ansi.enabled": "true", "spark.log.level": "ERROR", "spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
+    half = max(psutil.virtual_memory().available // 2**21, 1024)
+    local = {"spark.driver.memory": f"{half}m", "spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1", "spark.sql.shuffle.partitions": "8"}
+    return common | (local if _is_local(master) else {})
+
+def _session(master: str, options: dict[str, str], log: BinaryIO):
+    "A session at `master`, in this process's Java machine or a new one whose standard error is `log`."
+    from pyspark import SparkConf, SparkContext
+    from pyspark.errors import PySparkRuntimeError
+    from pyspark.java_gateway import launch_gateway
+    from pyspark.sql import SparkSession
+    memory = SparkConf(loadDefaults=False).setAll((k, v) for k, v in options.items() if k == "spark.driver.memory")  # of the Java machine: too late afterwards
+    try:
+        gateway = None if SparkContext._gateway else launch_gateway(memory, dict(stderr=log))
+        context = SparkContext(conf=SparkConf().setMaster(master).setAppName("recsys").setAll(options.items()), gateway=gateway)
+    except ValueError: raise RecsysError("this process has a Spark session already", f"[run] spark_master = {master}", "stop it first") from None
+    except PySparkRuntimeError as e:  # JAVA_GATEWAY_EXITED
+        log.seek(0)
+        said = [l for l in log.read().decode(errors="replace").splitlines() if ("Exception" in l or "Error" in l) and not l.startswith("\tat ")]
+        raise RecsysError(f"Spark did not start: {_cause(said[0] if said else str(e))}", "[run] engine = spark", "it needs Java 17 or newer; or set engine = polars") from None
+    return SparkSession(context)
+
+# %% ../../nbs/3_candidates/08_pipeline.ipynb #2f7f10dc
+def _need_worker(session, master: str, seconds: float):
+    "Stop `session` and raise `RecsysError` if the master gave it up, or no worker takes part within `seconds`."
+    context, ends, failed = session.sparkContext._jsc.sc(), time.monotonic() + seconds, None
+    while not _is_local(master):
+        if context.isStopped(): failed = "what listens there does not answer as a Spark master", "is it one, and of this version?"
+        elif context.getExecutorMemoryStatus().size() > 1: return  # the driver is one
+        elif time.monotonic() > ends: failed = f"no worker offered its cores and memory within {seconds:.0f} s", "start workers, or free some of theirs"
+        if failed:
+            session.stop()
+            raise RecsysError(failed[0], f"[run] spark_master = {master}", failed[1])
+        time.sleep(.2)
+
+# %% ../../nbs/3_candidates/08_pipeline.ipynb #9edc9c98
+class Spark:
+    "A Spark session at `master`; `RecsysError` if there is none to be had."
+    name = "spark"
+    def __init__(self, master: str, # local[2], spark://host:7077, …
+                 wait: float = 60,  # seconds for the first worker of a cluster
+                 **options: str):   # Spark's own, besides those here
+        if not find_spec("pyspark"): raise RecsysError("Spark is not installed", "[run] engine = spark", "pip install -c constraints.txt '.[spark]', or set engine = polars")
+        _need_java(); _need_master(master)
+        with tempfile.TemporaryFile() as log, _one_line(f"[run] spark_master = {master}"):
+            self.session = _session(master, _options(master) | options, log)
+            _need_worker(self.session, master, wait)
+
+    def scan(self, path):
+        name = re.sub(r"([][{}*?\\])", r"\\\1", str(Path(path).resolve()))
+        with _one_line(path): return nw.from_native(self.session.read.option("recursiveFileLookup", "true").parquet(f"file:{name}"))
+    def write(self, frame, path):
+        with _one_line(path): frame.to_native().write.mode("overwrite").parquet(f"file:{Path(path).resolve()}")
     def table(self, columns):
-        rows = list(zip(*columns.values()))
-        return nw.from_native(self.session.createDataFrame(rows, ", ".join(f"{c} long" for c in columns)))
+        rows = ", ".join(f"({', '.join(f'{int(v)}L' for v in row)})" for row in zip(*columns.values()))
+        return nw.from_native(self.session.sql(f"SELECT * FROM VALUES {rows} AS t({', '.join(columns)})"))
     def stop(self): self.session.stop()
 
 def engine_of(settings: Settings) -> Engine:
@@ -146,6 +223,7 @@ def offline_tables(ingested: str | Path, # a folder that `ingest` wrote
     n, moment = account["rows"], int(datetime.fromisoformat(account["moment"]).timestamp())
     check_memory(n, account["sessions"], psutil.virtual_memory().available, engine.name)
     events = engine.scan(ingested/"events").filter(nw.col("flag").is_null())
+    events = in_base(events, settings.data.currency, exchange_rates(settings.data.exchange_rates))
     _dictionaries(engine, events, pl.read_parquet(ingested/"items.parquet"), out); step("dictionaries")
     _log(engine, events, out); step("log")
     engine.write(purchases_of(engine.scan(out/"log"), settings.data.target_event), out/"bought")

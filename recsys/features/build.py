@@ -17,10 +17,10 @@ import polars as pl
 
 from ..core.files import full_disk_is_clear, read_json, write_json
 from ..core.settings import Settings
-from ..data.events import read_events
+from ..data.events import exchange_rates, read_events
 from .definitions import LIVE_ITEM, LIVE_USER
 from .formulas import compiled, finish
-from .offline import log_of, sums_at, with_marks, with_seconds
+from .offline import in_base, log_of, sums_at, with_marks, with_seconds
 from .point_in_time import DAY, category_codes, encode, promotions_at, save_arrays, snapshot
 
 # %% ../../nbs/2_features/06_build.ipynb #31296490
@@ -83,9 +83,10 @@ def build_features(ingested: str | Path, out: str | Path, settings: Settings, on
     ingested, out, f = Path(ingested), Path(out), settings.features
     now = datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"])
     items, promotions, coupons = (pl.read_parquet(ingested/f"{n}.parquet") for n in ("items", "promotions", "coupons"))
-    lines, users = encode(read_events(ingested/"events", now), items["item_id"], settings.data.target_event)
+    events = in_base(nw.from_native(read_events(ingested/"events", now)), settings.data.currency, exchange_rates(settings.data.exchange_rates)).to_native()
+    lines, users = encode(events, items["item_id"], settings.data.target_event)
     moments, targets, categories = moments_of(now, settings), lines.filter(pl.col("type") == settings.data.target_event), category_codes(items["category"])
-    log = coded_log(read_events(ingested/"events", now), items["item_id"], users, categories)
+    log = coded_log(events, items["item_id"], users, categories)
     live = {e: live_table(log, some, e, n, moments.all) for e, some, n in (("item", LIVE_ITEM, items.height), ("user", LIVE_USER, len(users)))}
     with full_disk_is_clear(out):
         lines.write_parquet(out/"lines.parquet"); pl.DataFrame({"user_id": users}).write_parquet(out/"users.parquet")
