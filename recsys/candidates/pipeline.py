@@ -88,33 +88,31 @@ def _options(master: str) -> dict[str, str]:
     local = {"spark.driver.memory": f"{half}m", "spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1", "spark.sql.shuffle.partitions": "8"}
     return common | (local if _is_local(master) else {})
 
-def _session(master: str, options: dict[str, str], log: BinaryIO):
-    "A session at `master`, in this process's Java machine or a new one whose standard error is `log`."
+def _context(master: str, options: dict[str, str], log: BinaryIO):
+    "Spark's context at `master`, in this process's Java machine or a new one whose standard error is `log`."
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkRuntimeError
     from pyspark.java_gateway import launch_gateway
-    from pyspark.sql import SparkSession
     memory = SparkConf(loadDefaults=False).setAll((k, v) for k, v in options.items() if k == "spark.driver.memory")  # of the Java machine: too late afterwards
     try:
         gateway = None if SparkContext._gateway else launch_gateway(memory, dict(stderr=log))
-        context = SparkContext(conf=SparkConf().setMaster(master).setAppName("recsys").setAll(options.items()), gateway=gateway)
+        return SparkContext(conf=SparkConf().setMaster(master).setAppName("recsys").setAll(options.items()), gateway=gateway)
     except ValueError: raise RecsysError("this process has a Spark session already", f"[run] spark_master = {master}", "stop it first") from None
     except PySparkRuntimeError as e:  # JAVA_GATEWAY_EXITED
         log.seek(0)
         said = [l for l in log.read().decode(errors="replace").splitlines() if ("Exception" in l or "Error" in l) and not l.startswith("\tat ")]
         raise RecsysError(f"Spark did not start: {_cause(said[0] if said else str(e))}", "[run] engine = spark", "it needs Java 17 or newer; or set engine = polars") from None
-    return SparkSession(context)
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #2f7f10dc
-def _need_worker(session, master: str, seconds: float):
-    "Stop `session` and raise `RecsysError` if the master gave it up, or no worker takes part within `seconds`."
-    context, ends, failed = session.sparkContext._jsc.sc(), time.monotonic() + seconds, None
+def _need_worker(context, master: str, seconds: float):
+    "Stop `context` and raise `RecsysError` if the master gave it up, or no worker takes part within `seconds`."
+    java, ends, failed = context._jsc.sc(), time.monotonic() + seconds, None
     while not _is_local(master):
-        if context.isStopped(): failed = "what listens there does not answer as a Spark master", "is it one, and of this version?"
-        elif context.getExecutorMemoryStatus().size() > 1: return  # the driver is one
+        if java.isStopped(): failed = "what listens there does not answer as a Spark master", "is it one, and of this version?"
+        elif java.getExecutorMemoryStatus().size() > 1: return  # the driver is one
         elif time.monotonic() > ends: failed = f"no worker offered its cores and memory within {seconds:.0f} s", "start workers, or free some of theirs"
         if failed:
-            session.stop()
+            context.stop()
             raise RecsysError(failed[0], f"[run] spark_master = {master}", failed[1])
         time.sleep(.2)
 
@@ -126,10 +124,12 @@ class Spark:
                  wait: float = 60,  # seconds for the first worker of a cluster
                  **options: str):   # Spark's own, besides those here
         if not find_spec("pyspark"): raise RecsysError("Spark is not installed", "[run] engine = spark", "pip install -c constraints.txt '.[spark]', or set engine = polars")
+        from pyspark.sql import SparkSession
         _need_java(); _need_master(master)
         with tempfile.TemporaryFile() as log, _one_line(f"[run] spark_master = {master}"):
-            self.session = _session(master, _options(master) | options, log)
-            _need_worker(self.session, master, wait)
+            context = _context(master, _options(master) | options, log)
+            _need_worker(context, master, wait)
+            self.session = SparkSession(context)
 
     def scan(self, path):
         name = re.sub(r"([][{}*?\\])", r"\\\1", str(Path(path).resolve()))

@@ -183,9 +183,15 @@ def _features_feast(a):
 
 def _bench_features(a):
     from pathlib import Path
+    from rich.console import Console
+    from recsys.core.settings import load_settings
     from recsys.operations.bench import bench_features
-    said = bench_features(a.events, Path(a.out), a.engine)
-    print(f"{said['events']:,} simulated events, {said['events_per_cpu_second']:,.0f} per CPU second, peak {said['peak_rss_mb']:,.0f} MB, equal: {said['equal']}")
+    from recsys.operations.figures import bench_page
+    s = load_settings()
+    with Console(stderr=True).status("measuring") as status:
+        said = bench_features(a.events, Path(a.out), a.engine, s, say=lambda note: status.update(f"measuring: {note}"))
+    print(f"{said['events']:,} simulated events, {said['events_per_cpu_second']:,.0f} per CPU second, peak {said['peak_rss_mb']:,.0f} MB, equal: {said['equal']}. "
+          f"Look at {bench_page('features', s, [Path(a.out)])}")
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
