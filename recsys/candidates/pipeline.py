@@ -71,7 +71,7 @@ def _cause(text: str) -> str:
     return found[0].removeprefix("Caused by: ").lstrip(": ")[:400]
 
 @contextmanager
-def _one_line(where: str | Path, todo: str = "see Spark's own log, or set engine = polars"):
+def _one_line(where: str | Path, todo: str = "the workers' own logs say more; or set engine = polars"):
     "`RecsysError` instead of Spark's exceptions and Java's."
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
