@@ -49,7 +49,7 @@ def test_the_file_says_what_was_measured(figures, folder):
     assert said["equal"] is True and all(said["checks"][c]["equal"] is True for c in ("parity", "pandas", "feast"))
     assert said["cpu_seconds"] == pytest.approx(sum(s["cpu_seconds"] for s in said["stages"] if s["stage"] != "start"))
     assert said["events_per_cpu_second"] == pytest.approx(said["events_read"] / said["cpu_seconds"])
-    assert [s["stage"] for s in said["stages"]] == "start ingest dictionaries log rows user item category table pairs read".split()
+    assert [s["stage"] for s in said["stages"]] == "start ingest dictionaries log rows user session item category table pairs read".split()
     assert said["peak_rss_mb"] >= max(s["peak_rss_mb"] for s in said["stages"]) and all(s["peak_rss_mb"] > 20 for s in said["stages"][1:])
     assert said["machine"]["cores"] >= 1 and said["machine"]["packages"]["polars"] and said["simulate"]["events_per_cpu_second"] > 0
 

@@ -1,11 +1,14 @@
 "The commands around the data, as a person types them: ingest, retry, forget, simulate, features."
 import json
+from datetime import datetime
 
 import polars as pl
 import pytest
 from shop import MAPPING, events, make_shop, recsys, write_csv
 
+from recsys.candidates import pipeline
 from recsys.candidates.pipeline import read_table
+from recsys.core.settings import load_settings
 from recsys.features.definitions import LIVE, LIVE_NAMES
 
 def said_by(folder) -> dict:
@@ -65,3 +68,19 @@ def test_simulate_then_ingest_then_features(shop):
     rows, x = read_table(shop/"table")
     assert x.shape == (rows.height, len(LIVE)) and rows["label"].sum() > 30 and (x[:, LIVE_NAMES.index("item_views_30d")] > 0).any()
     assert not (shop/"table"/"sums").exists() and rows.select(pl.col("row").n_unique()).item() == rows.height
+
+def test_shards_change_nothing(shop, tmp_path, monkeypatch):
+    "Five shards and one: the same table and the same pairs, also where somebody logs in during a visit."
+    s = load_settings(shop/"settings.ini")
+    ingested = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
+    until = int(datetime.fromisoformat(json.loads((ingested/"ingest.json").read_text())["moment"]).timestamp())
+    found = []
+    for name, size in (("one", 10**9), ("five", 6000)):
+        monkeypatch.setattr(pipeline, "SHARD", size); monkeypatch.setattr(pipeline, "PAIR_SHARD", size)
+        (tmp_path/name).mkdir()
+        said = pipeline.offline_tables(ingested, tmp_path/name, pipeline.Polars(), s, until - 60 * 86400, until)
+        found.append((said["shards"], *(pl.read_parquet(tmp_path/name/t/"*.parquet").sort(by) for t, by in (("table", ["row"]), ("pairs", ["item", "place"])))))
+    (one, table, pairs), (several, table2, pairs2) = found
+    assert one == 1 and several >= 4 and table.height > 300 and table.select(sorted(table.columns)).equals(table2.select(sorted(table2.columns))) and pairs.equals(pairs2)
+    log = pl.read_parquet(tmp_path/"one"/"log"/"*.parquet")
+    assert log.group_by("session").agg(pl.col("user").n_unique())["user"].max() > 1, "nobody logs in during a visit: the test is blind"

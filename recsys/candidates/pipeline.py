@@ -174,7 +174,7 @@ def _log(engine: Engine, events: nw.LazyFrame, out: Path):
     engine.write(with_marks(log), out/"log")
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #b1f5f9b5
-SIDES = dict(user=("user", "user_item", "user_category", "session"), item=("item",), category=("category",))
+SIDES = dict(user=("user", "user_item", "user_category"), session=("session",), item=("item",), category=("category",))
 
 def shards_of(events: int) -> int:
     "How many shards a log of so many events has."
