@@ -1467,6 +1467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'recsys.operations.cli._ingested': ('9_operations/cli.html#_ingested', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._job': ('9_operations/cli.html#_job', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._line': ('9_operations/cli.html#_line', 'recsys/operations/cli.py'),
+                                       'recsys.operations.cli._new': ('9_operations/cli.html#_new', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._recommend': ('9_operations/cli.html#_recommend', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._retry': ('9_operations/cli.html#_retry', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._run': ('9_operations/cli.html#_run', 'recsys/operations/cli.py'),

@@ -69,6 +69,18 @@ def test_simulate_then_ingest_then_features(shop):
     assert x.shape == (rows.height, len(LIVE)) and rows["label"].sum() > 30 and (x[:, LIVE_NAMES.index("item_views_30d")] > 0).any()
     assert not (shop/"table"/"sums").exists() and rows.select(pl.col("row").n_unique()).item() == rows.height
 
+@pytest.mark.parametrize("arguments, said", [
+    ("features build --out t --days 0", "0 days of rows"), ("features build --out t --days -3", "-3 days"), ("features build --out t --negatives -1", "-1 negatives"),
+    ("features build --out t --negatives 51", "51 negatives"), ("features build --out t --one-in 0", "one in 0"), ("features build --out settings.ini", "something already"),
+    ("features build --out nbs", "something already"), ("features feast --out nbs", "something already"), ("features feast --out f --online nowhere", "not an online store"),
+    ("simulate --events 0 --out s", "begin at 1"), ("simulate --events 9 --out nbs", "something already"), ("bench features --events 3 --out f.json", "at least 1000"),
+    ("ingest --date soon", "'soon' is not a day")])
+def test_what_cannot_be_is_one_line(shop, arguments, said):
+    before = {p.name for p in shop.iterdir()}
+    r = recsys(shop, *arguments.split())
+    assert r.returncode == 1 and r.stderr.startswith("recsys: ") and r.stderr.count("\n") == 1 and said in r.stderr, r.stderr + r.stdout
+    assert {p.name for p in shop.iterdir()} - before <= {"f"}
+
 def test_shards_change_nothing(shop, tmp_path, monkeypatch):
     "Five shards and one: the same table and the same pairs, also where somebody logs in during a visit."
     s = load_settings(shop/"settings.ini")

@@ -229,6 +229,8 @@ def offline_tables(ingested: str | Path, # a folder that `ingest` wrote
 
     Writes under `out`: items, users, sessions (dictionaries), log (coded), rows (keys, t, label), table (rows with a0, a1, … as in
     PROGRAM.aggregates), pairs (item, other, weight, place). `read_table` makes features of the table. `RecsysError` if it will not fit."""
+    if until <= since or negatives < 0 or negatives > 50 or one_in < 1:
+        raise RecsysError(f"{(until - since) / DAY:g} days of rows, {negatives} negatives, one in {one_in}", "training rows", "ask for a day or more, 0 to 50 negatives and one in 1 or more")
     ingested, out, step = Path(ingested), Path(out), on_step or (lambda name: None)
     account = read_json(ingested/"ingest.json")
     n, moment = account["rows"], int(datetime.fromisoformat(account["moment"]).timestamp())

@@ -123,10 +123,11 @@ def _ingest(a):
     from recsys.core.files import read_json
     from recsys.core.jobs import folder_of
     from recsys.core.settings import load_settings
+    from recsys.operations.cycle import parse_date
     from recsys.operations.runner import STEPS, run
-    s = load_settings()
+    s, date = load_settings(), parse_date(a.date)
     if a.retry_quarantine: _retry(s)
-    with _Steps() as steps: run(s, a.date, say=steps.say, steps=STEPS[:2])
+    with _Steps() as steps: run(s, date, say=steps.say, steps=STEPS[:2])
     said = read_json(folder_of("ingest", "", s)/"ingest.json")
     print(f"{said['rows']:,} events of {said['rows_read']:,} rows, {said['duplicates']:,} duplicates, {said['quarantined']:,} in quarantine. Look at {s.reports_dir/'runs'}")
     return 0
@@ -155,27 +156,32 @@ def _ingested(s):
     from recsys.core.jobs import folder_of
     return folder_of("ingest", "", s)
 
+def _new(path: str):
+    "`path`, if nothing is there yet: what took long to make is neither overwritten nor mistaken for the new."
+    from pathlib import Path
+    from recsys.core.settings import RecsysError
+    if Path(path).exists(): raise RecsysError("there is something already", path, "name another folder, or remove it")
+    return Path(path).resolve()
+
 def _features_build(a):
     from datetime import datetime
-    from pathlib import Path
     from rich.console import Console
     from recsys.candidates.pipeline import engine_of, offline_tables
     from recsys.core.files import atomic_dir, read_json
     from recsys.core.settings import load_settings
-    s = load_settings()
+    s, out = load_settings(), _new(a.out)
     until = int(datetime.fromisoformat(read_json(_ingested(s)/"ingest.json")["moment"]).timestamp())
-    with Console(stderr=True).status("building") as status, atomic_dir(Path(a.out)) as tmp:
+    with Console(stderr=True).status("building") as status, atomic_dir(out) as tmp:
         said = offline_tables(_ingested(s), tmp, engine_of(s), s, until - a.days * 86400, until, a.negatives, a.one_in, lambda name: status.update(f"building: {name}"))
     print(f"{said['rows']:,} training rows with all live features from {said['events']:,} events, by {said['engine']}, in {a.out}")
     return 0
 
 def _features_feast(a):
-    from pathlib import Path
     from recsys.candidates.pipeline import feature_store
     from recsys.core.files import atomic_dir
     from recsys.core.settings import load_settings
     from recsys.features.feast_repo import feast_repository
-    out = Path(a.out).resolve()
+    out = _new(a.out)
     with atomic_dir(out/"store") as tmp: feature_store(_ingested(load_settings()), tmp/"new")
     said = feast_repository(out/"repository", out/"store"/"new"/"offline", a.online)
     print(f"{said['features']} features in {said['views']} views as of {said['moment']}: a Feast repository in {said['folder']}")
