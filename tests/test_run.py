@@ -2,7 +2,7 @@
 import hashlib, json, os, re, signal, subprocess, sys, time
 
 import pytest
-from shop import COMMAND, MAPPING, events, make_shop, recsys, write_csv
+from shop import COMMAND, MAPPING, events, make_shop, recsys, settings_text, write_csv
 
 from recsys.operations.runner import STEPS
 
@@ -111,6 +111,29 @@ def test_what_lost_is_not_published(tmp_path):
     assert "regression" in (next((folder/"reports/runs").iterdir())/"run.json").read_text()
     again = recsys(folder, "run", "--allow-regression")
     assert again.returncode == 0 and [n for n, l in lines(again.stdout).items() if "skipped" not in l] == ["publish"]
+
+def toy_job(folder, *cells: str):
+    "A project folder whose only job, `toy`, has these cells."
+    import nbformat.v4 as nb4
+    jobs = folder/"nbs/jobs"
+    jobs.mkdir(parents=True)
+    (folder/"settings.ini").write_text(settings_text())
+    parameters = nb4.new_code_cell("out = ''", metadata=dict(tags=["parameters"]))
+    (jobs/"toy.ipynb").write_text(json.dumps(nb4.new_notebook(cells=[parameters, *map(nb4.new_code_cell, cells)], metadata=dict(kernelspec=dict(name="python3", language="python", display_name="Python 3")))))
+    return folder
+
+# Past the streams of Python, as a C library does while the kernel ends. (ipykernel catches the descriptor, too, while cells run, but not under pytest.)
+PAST = "import atexit, os; past = lambda text: os.write(2, text)"
+
+def test_what_a_kernel_says_past_its_cells_stays_off_the_terminal(tmp_path):
+    r = recsys(toy_job(tmp_path, PAST, "atexit.register(past, b'Assertion failed (src/nobody.cpp:1)'); past(b'and a warning')"), "job", "toy")
+    assert r.returncode == 0 and not r.stderr and "Assertion" not in r.stdout and "warning" not in r.stdout, r.stderr + r.stdout
+
+@pytest.mark.parametrize("words, end", [("", "died"), ("no memory for 7 bytes", "died: no memory for 7 bytes")])
+def test_the_last_words_of_a_kernel_that_died_are_told(tmp_path, words, end):
+    r = recsys(toy_job(tmp_path, PAST, f"past({words!r}.encode()); os.kill(os.getpid(), 9)"), "job", "toy")
+    assert r.returncode == 1
+    one_line(r, f"the kernel {end}", "job toy", "out of memory")
 
 def test_two_runs_at_once_are_refused(published, shop):
     import fcntl

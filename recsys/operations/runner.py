@@ -103,9 +103,22 @@ def _failure(error, job: str) -> RecsysError:
     if error.ename == "RecsysError": return RecsysError(text)
     return RecsysError(f"{error.ename}: {text}", f"job {job}", "this is a bug; its page under reports/runs has the traceback")
 
+def _logged_kernels(log):
+    "The class of kernels whose own output, beside that of their cells, goes to the file `log`."
+    from jupyter_client import AsyncKernelManager
+    class Logged(AsyncKernelManager):
+        async def start_kernel(self, **kwargs): await super().start_kernel(stdout=log, stderr=log, **kwargs)
+    return Logged
+
+def _last_words(log) -> str:
+    "The last line of a kernel's log, for the end of a sentence."
+    log.seek(0)
+    lines = log.read().decode(errors="replace").split("\n")
+    return next((f": {' '.join(l.split())[:300]}" for l in reversed(lines) if l.strip()), "")
+
 def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     "Run `notebook` into `output` with papermill; `RecsysError` with one line when a cell fails."
-    import logging
+    import logging, tempfile
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
@@ -114,13 +127,14 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     threads = str(settings.run.threads)
     os.environ.update(RECSYS_SETTINGS=settings.file, OMP_NUM_THREADS=threads, NUMBA_NUM_THREADS=threads, POLARS_MAX_THREADS=threads, PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
-                                   extra_arguments=["--IPKernelApp.log_level=50"],      # a kernel that is stopped has nothing to tell the terminal
-                                   config=Config(KernelManager=dict(transport="ipc")),  # a socket file that others cannot reach, not a TCP port
-                                   cwd=str(Path(settings.file).parent), request_save_on_cell_execute=False)
-    except papermill.exceptions.PapermillExecutionError as e: raise _failure(e, notebook.stem) from None
-    except (DeadKernelError, CellTimeoutError):
-        raise RecsysError("the kernel died", f"job {notebook.stem}", "it was probably out of memory: see [run] threads and [candidates] in settings.ini, or take a larger machine") from None
+        with tempfile.TemporaryFile() as log:
+            try: papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
+                                            kernel_manager_class=_logged_kernels(log),
+                                            config=Config(KernelManager=dict(transport="ipc")),  # a socket file that others cannot reach, not a TCP port
+                                            cwd=str(Path(settings.file).parent), request_save_on_cell_execute=False)
+            except papermill.exceptions.PapermillExecutionError as e: raise _failure(e, notebook.stem) from None
+            except (DeadKernelError, CellTimeoutError):
+                raise RecsysError(f"the kernel died{_last_words(log)}", f"job {notebook.stem}", "it was probably out of memory: see [run] threads and [candidates] in settings.ini, or take a larger machine") from None
     finally:
         for k, v in before.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
