@@ -363,6 +363,17 @@ def test_exploded_rows_show_their_line_in_quarantine(tmp_path):
     q = quarantine(tmp_path).row(0, named=True)
     assert q["row"] == 1 and q["reason"] == "event_type is unknown" and json.loads(q["raw"]) == line
 
+def test_bytes_inside_of_records(tmp_path):
+    "polars panics where JSON is to hold bytes: a file with such a column is read, and its bad rows are shown."
+    rows = pl.DataFrame(dict(event_type=["view", "gaze"], ts=[DAY] * 2, visitor_id="v", item_id="i", kept=[dict(b=b"\xff", n=1)] * 2,
+        deep=[[[b"ok"]], None], few=pl.Series([[b"a"], [b"b"]], dtype=pl.Array(pl.Binary, 1))))
+    rows.write_parquet(tmp_path/"log.parquet")
+    (tmp_path/"shop.toml").write_text("[events]\npath = 'log.parquet'\ncolumns = {context = ['kept']}\n")
+    assert run(tmp_path, share=.5)["quarantine_reasons"] == {"event_type is unknown": 1}
+    assert json.loads(events(tmp_path)["context"][0]) == {"kept": {"b": "ff", "n": 1}}
+    raw = json.loads(quarantine(tmp_path)["raw"][0])
+    assert (raw["kept"], raw["deep"], raw["few"]) == ({"b": "ff", "n": 1}, None, ["62"])
+
 # ---- The Complete Journey
 
 def test_weeks_are_contiguous():

@@ -17,7 +17,7 @@ import polars as pl
 from msgspec import Struct, field
 
 from ..core.settings import RecsysError
-from .cells import NOUNS, as_text, check_kind, converted, kind_of, raw_kind
+from .cells import NOUNS, as_text, check_kind, converted, hexed, kind_of, raw_kind
 from .events import EVENT_TYPES, Event, Item, conform
 from .mapping import CONTRACTS, OPERATORS, MappedTable, Mapping, Rules, Tree, fields_of, listed
 from .mapping import operator_of, read_mapping, with_preset
@@ -201,9 +201,9 @@ def _cell(ours: str, specs: list[str], columns: _Columns, section: str, t: Mappe
     "The value of a column of ours; and whether there should be one, with a sentence if there is none (None: it cannot be bad)."
     if ours in ("context", "attributes") and len(specs) > 1:
         there = {s: columns[s] for s in specs if columns[s]}
-        return pl.struct(*(x.alias(s) for s, (x, _) in there.items())).struct.json_encode().alias(ours), None
+        return pl.struct(*(hexed(*x).alias(s) for s, x in there.items())).struct.json_encode().alias(ours), None
     if ours in ("context", "attributes") and (found := columns[specs[0]]) and ours in t.columns and not isinstance(t.columns[ours], str):
-        return pl.struct(found[0].alias(specs[0])).struct.json_encode().alias(ours), None
+        return pl.struct(hexed(*found).alias(specs[0])).struct.json_encode().alias(ours), None
     both = [_one(ours, s, columns, section, t, limits) for s in specs]
     value, problems = pl.coalesce(*(v for v, _ in both)) if len(both) > 1 else both[0][0], [p for _, p in both if p is not None]
     if ours == "event_type" and t.event_types: value = value.replace(t.event_types)

@@ -20,6 +20,7 @@ import polars as pl
 from ..core.files import atomic_file, digest, full_disk_is_clear
 from ..core.settings import RecsysError
 from .events import conform, deduplicate, first_reason, read_events, validate, validate_events
+from .cells import hexed
 from .importers import CONTRACTS, Mapping, Table, read_mapping, read_table, rows_of
 
 # %% ../../nbs/1_data/12_quarantine.ipynb #6fbdebfe
@@ -73,8 +74,8 @@ def raw_rows(table: Table, bad: Bad, chunk: int = 1_000_000) -> Iterator[pl.Data
         for part in rows.iter_slices(chunk):
             if not part["raw"].null_count(): yield part; continue
             raw = table.raw[name].join(part.lazy().select("row"), on="row", how="semi").collect(engine="streaming")
-            raw = raw.with_columns(pl.col(pl.Binary).bin.encode("hex"))
-            raw = raw.select(pl.col("row").cast(pl.UInt32), raw=pl.struct(pl.exclude("row")).struct.json_encode())
+            cells = pl.struct(*(hexed(pl.col(c), t).alias(c) for c, t in raw.schema.items() if c != "row"))
+            raw = raw.select(pl.col("row").cast(pl.UInt32), raw=cells.struct.json_encode())
             yield part.drop("raw").join(raw.unique("row"), on="row", how="left", maintain_order="left").select(list(_KEEP))
 
 # %% ../../nbs/1_data/12_quarantine.ipynb #2acd5062
