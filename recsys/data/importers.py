@@ -22,7 +22,7 @@ from .events import EVENT_TYPES, Event, Item, conform
 from .mapping import CONTRACTS, OPERATORS, MappedTable, Mapping, Rules, Tree, fields_of, listed
 from .mapping import operator_of, read_mapping, with_preset
 from .presets import PRESETS
-from .streams import Limits, Part, find_files, frames, probe_parquet, raw_frame, readable, split_path, zip_members
+from .streams import ODD, Limits, Part, find_files, frames, probe_parquet, raw_frame, readable, split_path, zip_members
 
 # %% ../../nbs/1_data/07_importers.ipynb #02deeb7a
 _ENDINGS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -65,7 +65,7 @@ class _Columns:
         "All names that a mapping may use, those inside records with dots."
         def inside(n, dtype):
             return [n, *(x for f in (dtype.fields if dtype == pl.Struct else []) for x in inside(f"{n}.{f.name}", f.dtype))]
-        return [x for c, t in self.schema.items() if c not in ("row", "_problem", "_line", "_step") for x in inside(c, t)]
+        return [x for c, t in self.schema.items() if c not in ("row", "_problem", "_line", "_odd", "_step") for x in inside(c, t)]
 
 # %% ../../nbs/1_data/07_importers.ipynb #1f5df326
 def _path(self: _Columns, spec: str) -> tuple[pl.Expr, pl.DataType] | None:
@@ -180,6 +180,18 @@ def _same(dtype: pl.DataType, wanted: pl.DataType) -> bool:
     "Whether a raw column needs no conversion, so that nothing can go wrong with it."
     return dtype == wanted and dtype != pl.String
 
+def _unlike(ours: str, kind: str, raw: pl.Expr) -> pl.Expr:
+    "A sentence about a raw cell that is not of its kind."
+    return pl.format(f"{ours} is not {NOUNS[kind]}: '{{}}'", raw.cast(pl.String).str.slice(0, 40).str.replace_all(r"[\p{C}]", "?"))
+
+def _odd(spec: str, x: pl.Expr, kind: str, columns: _Columns) -> pl.Expr | None:
+    "Which cells of a source are text only because cells of other lines are (None: none)."
+    if not isinstance(columns.schema.get("_odd"), pl.List) or kind == "json": return None
+    theirs = [spec] if spec in columns.schema else fields_of(spec)
+    named = pl.any_horizontal(False, *(pl.col("_odd").list.contains(c) for c in theirs)).fill_null(False)
+    if spec not in columns.schema: return named
+    return named & x.cast(pl.String).str.contains(r"^[\[{]" if kind == "text" else ODD).fill_null(False) # true and 5.5 are good texts
+
 def _one(ours: str, spec: str, columns: _Columns, section: str, t: MappedTable, limits: Limits) -> tuple[pl.Expr, tuple | None]:
     "The value that one source gives; and whether there should be one, with a sentence if there is none (None: it cannot be bad)."
     wanted = CONTRACTS[section].columns()[ours].dtype
@@ -191,10 +203,11 @@ def _one(ours: str, spec: str, columns: _Columns, section: str, t: MappedTable, 
     value = converted(raw, dtype, kind, t)
     if raw_kind(dtype) == "text" and kind in ("id", "text", "json"):
         too_long = (x.cast(pl.String).str.len_bytes() > limits.cell).fill_null(False)
-        return value, (too_long, pl.lit(f"{ours} is longer than {limits.cell} bytes"))
+        told, odd = pl.lit(f"{ours} is longer than {limits.cell} bytes"), _odd(spec, x, kind, columns)
+        if odd is None: return value, (too_long, told)
+        return pl.when(~odd).then(value), (too_long | odd, pl.when(odd).then(_unlike(ours, kind, x)).otherwise(told))
     if kind in ("id", "text", "json") and not dtype.is_float(): return value, None
-    shown = pl.format(f"{ours} is not {NOUNS[kind]}: '{{}}'", raw.cast(pl.String).str.slice(0, 40).str.replace_all(r"[\p{C}]", "?"))
-    return value, (raw.is_not_null(), shown)
+    return value, (raw.is_not_null(), _unlike(ours, kind, raw))
 
 # %% ../../nbs/1_data/07_importers.ipynb #cc2d8952
 def _cell(ours: str, specs: list[str], columns: _Columns, section: str, t: MappedTable, limits: Limits) -> tuple[pl.Expr, tuple | None]:
