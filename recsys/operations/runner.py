@@ -73,6 +73,7 @@ def checked_parameters(notebook: Path, given: dict[str, str]) -> dict:
 def fingerprint(step: Step, parents: dict[str, str], parameters: dict, settings: Settings) -> str:
     "16 hexadecimal digits over all that the result of `step` depends on; `parents`: fingerprints by name."
     notebook, pins = jobs_folder(settings)/f"{step.name}.ipynb", settings.resolve("constraints.txt")
+    if not notebook.exists(): raise RecsysError("no such job", str(notebook), "settings.ini belongs beside nbs/: copy or link that folder of the repository")
     return digest(step.name, parents, as_dict(settings, *step.sections) if step.sections else {}, code_digest(notebook, package_folder()),
                   file_digest(pins) if pins.exists() else "", parameters)
 
