@@ -251,6 +251,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'recsys.data.checks.look': ('1_data/checks.html#look', 'recsys/data/checks.py'),
                                     'recsys.data.checks.people_checks': ('1_data/checks.html#people_checks', 'recsys/data/checks.py'),
                                     'recsys.data.checks.price_checks': ('1_data/checks.html#price_checks', 'recsys/data/checks.py'),
+                                    'recsys.data.checks.stop_at_fails': ('1_data/checks.html#stop_at_fails', 'recsys/data/checks.py'),
                                     'recsys.data.checks.time_checks': ('1_data/checks.html#time_checks', 'recsys/data/checks.py'),
                                     'recsys.data.checks.validate_data': ('1_data/checks.html#validate_data', 'recsys/data/checks.py')},
             'recsys.data.datasets': { 'recsys.data.datasets._items': ('1_data/datasets.html#_items', 'recsys/data/datasets.py'),

@@ -81,6 +81,19 @@ def test_what_cannot_be_is_one_line(shop, arguments, said):
     assert r.returncode == 1 and r.stderr.startswith("recsys: ") and r.stderr.count("\n") == 1 and said in r.stderr, r.stderr + r.stdout
     assert {p.name for p in shop.iterdir()} - before <= {"f"}
 
+def test_the_page_of_a_failed_check_shows_all_checks(tmp_path):
+    folder = make_shop(tmp_path/"short")
+    r = recsys(folder, "ingest", env=dict(RECSYS_EVALUATION_TEST_DAYS="90"))
+    assert r.returncode == 1 and r.stderr.startswith("recsys: validate: days of history") and r.stderr.count("\n") == 1, r.stderr + r.stdout
+    page = next(folder.glob("reports/runs/*/validate.html")).read_text()
+    assert "1 failed" in page and all(name in page for name in ("rows in quarantine", "events of robots", "clock ties", "items seen in the log"))
+
+def test_a_folder_without_the_notebooks_is_one_line(tmp_path):
+    folder = make_shop(tmp_path/"bare")
+    (folder/"nbs").unlink()
+    r = recsys(folder, "ingest")
+    assert r.returncode == 1 and r.stderr.startswith("recsys: ") and r.stderr.count("\n") == 1 and "no such job" in r.stderr, r.stderr
+
 def test_shards_change_nothing(shop, tmp_path, monkeypatch):
     "Five shards and one: the same table and the same pairs, also where somebody logs in during a visit."
     s = load_settings(shop/"settings.ini")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import recsys.data.ingest as room
 from recsys.core.files import write_json
 from recsys.core.settings import RecsysError, load_settings
-from recsys.data.checks import Limits, validate_data
+from recsys.data.checks import Limits, stop_at_fails, validate_data
 from recsys.data.events import Event, conform, exchange_rates, in_currency, in_order, read_events, sessionize, validate_events, write_events
 from recsys.data.flags import catch
 from recsys.data.identity import Forgotten, Stitcher, changes, conflicts, forget, person
@@ -381,6 +381,7 @@ def test_every_check_can_find_something(tmp_path):
         flagged={"bot": 9000, "test order": 400}, link_conflicts=5, linked_visitors=9, late=dict(day=.5)))
     s = load_settings()
     s = msgspec.structs.replace(s, data=msgspec.structs.replace(s.data, currency="EUR"))
-    with pytest.raises(RecsysError, match="rows in quarantine"): validate_data(tmp_path/"in", tmp_path, s)
+    checks, _ = validate_data(tmp_path/"in", tmp_path, s)
+    with pytest.raises(RecsysError, match="rows in quarantine.*; 2 more failed, see the page"): stop_at_fails(checks)
     found = {c["name"]: c["outcome"] for c in json.loads((tmp_path/"checks.json").read_text())}
     assert {n: found[n] for n in TROUBLES} == TROUBLES and len(found) >= 26

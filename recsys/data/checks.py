@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Check', 'at_most', 'at_least', 'Seen', 'look', 'Limits', 'log_checks', 'people_checks', 'time_checks', 'price_checks',
-           'catalogue_checks', 'validate_data']
+           'catalogue_checks', 'validate_data', 'stop_at_fails']
 
 # %% ../../nbs/1_data/14_checks.ipynb #7cf06da9
 from datetime import timedelta
@@ -184,7 +184,7 @@ def catalogue_checks(items: pl.DataFrame, seen: Seen, s: Settings) -> list[Check
 
 # %% ../../nbs/1_data/14_checks.ipynb #5839bf10
 def validate_data(ingested: str | Path, out: str | Path, settings: Settings, limits: Limits = Limits()) -> tuple[list[Check], pl.DataFrame]:
-    "Check what ingest wrote; writes `out`/checks.json and returns the checks and the figures per day. `RecsysError` on the first *fail*."
+    "Check what ingest wrote; writes `out`/checks.json and returns the checks and the figures per day."
     folder = Path(ingested)
     account, items = read_json(folder/"ingest.json"), pl.read_parquet(folder/"items.parquet")
     read_events(folder/"events", None)
@@ -193,8 +193,11 @@ def validate_data(ingested: str | Path, out: str | Path, settings: Settings, lim
     checks += price_checks(seen, settings, limits) + catalogue_checks(items, seen, settings)
     write_json(Path(out)/"checks.json", [dict(name=c.name, value=c.value, limit=c.limit, outcome=c.outcome,
         meaning=c.meaning) for c in checks])
-    if failed := [c for c in checks if c.outcome == "fail"]:
-        c = failed[0]
-        raise RecsysError(f"{c.name}: {c.value:.4g} against a limit of {c.limit:.4g} ({c.meaning})", "validate",
-            "correct the data, or the limit in settings.ini")
     return checks, seen.days
+
+def stop_at_fails(checks: list[Check]):
+    "`RecsysError` about the first check that failed; it counts the others."
+    if not (failed := [c for c in checks if c.outcome == "fail"]): return
+    c, more = failed[0], f"; {len(failed) - 1} more failed, see the page" if len(failed) > 1 else ""
+    raise RecsysError(f"{c.name}: {c.value:.4g} against a limit of {c.limit:.4g} ({c.meaning}){more}", "validate",
+        "correct the data, or the limit in settings.ini")
