@@ -196,6 +196,13 @@ def test_flags(tmp_path, monkeypatch):
     assert back(tmp_path/"out", flagged=False).height == df.height - 51 - 10 - 199 - 1
     assert set(got.filter(pl.col("visitor_id") == "reader")["flag"]) == {None}
 
+def test_a_made_up_clock_makes_no_robots(tmp_path):
+    "Sixty and three thousand clicks a second apart: the mapping's clock is steady, the visitors may well be people."
+    pl.DataFrame(dict(session=[1, 2], items=[list(range(60)), list(range(3000))])).write_parquet(tmp_path/"log.parquet")
+    (tmp_path/"shop.toml").write_text("[events]\npath = 'log.parquet'\nlike = 'sessions'\n")
+    said = ingest("shop.toml", tmp_path/"out", None, NOW, 30, 60, .05, tmp_path)
+    assert said["robots"] == {"rate per minute": 0, "rate per day": 1, "steady pace": 0} and said["flagged"] == {"bot": 1000} and not said["timed"]
+
 @slow
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 600)), max_size=60), st.integers(2, 8), st.integers(5, 20))
 def test_rates_by_brute_force(rows, per_minute, per_day):

@@ -41,16 +41,17 @@ def catch(day: pl.DataFrame,    # events of one day, in order
           per_minute: int,      # acts of a visitor
           per_day: int,         # acts of a visitor
           run: int = 50, spread: float = .1, # intervals that hardly differ, and how much of their median they may
+          timed: bool = True,   # whether the times within a day were measured, not made up
           ) -> pl.DataFrame:    # visitor_id, since, rule
     "The visitors who break a rule on a day, the moment and the first rule."
-    acts = _busy_acts(day, min(per_minute, per_day, run))
+    acts = _busy_acts(day, min(per_minute, per_day, run) if timed else per_day)
     if not acts.height: return pl.DataFrame(schema=CAUGHT)
     mine, ts = pl.col("visitor_id"), pl.col("ts")
     acts = acts.with_columns(nth=pl.int_range(1, pl.len() + 1).over("visitor_id"),
         pause=pl.when(mine == mine.shift()).then(ts.diff().dt.total_microseconds() / 1e6))
     minute = (mine == mine.shift(per_minute)) & (ts - ts.shift(per_minute) < timedelta(minutes=1))
     steady = _steady(run, spread) & (pl.col("bought").is_null() | (ts < pl.col("bought")))
-    rules = zip((minute, pl.col("nth") > per_day, steady), RULES)
+    rules = zip((minute & timed, pl.col("nth") > per_day, steady & timed), RULES)
     acts = acts.with_columns(rule=pl.coalesce(*(pl.when(broken).then(pl.lit(name)) for broken, name in rules)))
     first = acts.filter(pl.col("rule").is_not_null()).unique("visitor_id", keep="first", maintain_order=True)
     return first.select("visitor_id", since="ts", rule="rule")
@@ -66,13 +67,13 @@ def _and(reason: str, where: pl.Expr | pl.Series) -> pl.Expr:
 # %% ../../nbs/1_data/10_flags.ipynb #1087258e
 class Flagger:
     "Flags of a log that comes day by day; `caught` tells who was caught, when and by which rule."
-    def __init__(self, per_minute: int, per_day: int):
-        self.limits, self.caught = (per_minute, per_day), pl.DataFrame(schema=CAUGHT)
+    def __init__(self, per_minute: int, per_day: int, timed: bool = True):
+        self.limits, self.timed, self.caught = (per_minute, per_day), timed, pl.DataFrame(schema=CAUGHT)
 
     def fill(self, day: pl.DataFrame) -> pl.DataFrame:
         "`day`, events in order, with flags."
         if day.select(_test_order().any()).item(): day = day.with_columns(_and("test order", _test_order()))
-        new = catch(day, *self.limits).join(self.caught, on="visitor_id", how="anti")
+        new = catch(day, *self.limits, timed=self.timed).join(self.caught, on="visitor_id", how="anti")
         self.caught = pl.concat([self.caught, new])
         at = day["visitor_id"].is_in(self.caught["visitor_id"].implode()).arg_true()
         if not len(at): return day

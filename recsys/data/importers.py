@@ -362,6 +362,7 @@ class Source(Struct):
     coupons: Callable[[datetime], pl.DataFrame] | None = None    # those begun by a moment: item_id, from_ts, to_ts
     files: dict[str, Path] = field(default_factory=dict)
     custom_types: tuple[str, ...] = ()
+    timed: bool = True # whether the times of events were measured, not made up by a clock
 
 # %% ../../nbs/1_data/07_importers.ipynb #07be6d1a
 def derive_event_ids(df: pl.DataFrame, seen=None) -> pl.DataFrame:
@@ -478,4 +479,4 @@ def open_mapping(path: str | Path, label: str = "") -> Source:
     m = read_mapping(path, label)
     tables = {s: read_table(t, s, path.parent, m.custom_types) for s in CONTRACTS if (t := getattr(m, s))}
     return Source(label or path.name, f"files named in {label or path.name}", **tables, files=mapping_files(path, m),
-        custom_types=m.custom_types)
+        custom_types=m.custom_types, timed=not with_preset(m.events, "events", None).clock)

@@ -235,8 +235,8 @@ class Written:
         self.account.add(rows)
         write_day(rows, events)
 
-def write_log(log: Log, out: Path, folder: Path, moment: datetime, gap: float, limits: tuple[int, int], say=lambda what: None) -> Written:
-    "The second pass: events by day under `out`/events. `limits`: a visitor's acts per minute and per day that are still human."
+def write_log(log: Log, out: Path, folder: Path, moment: datetime, gap: float, limits: tuple[int, int, bool], say=lambda what: None) -> Written:
+    "The second pass: events by day under `out`/events. `limits`: a visitor's acts per minute and per day that are still human, and whether times were measured."
     repeats, done = Repeats(log.hashes), Written(folder, gap, limits)
     late = _late_copies(log, repeats, moment)
     for d, rows in good_days(log):
@@ -305,7 +305,7 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
         if not log.counts: raise RecsysError("no valid event", dataset, _TIMES)
         moment = end_of_data(log.counts) if moment is None else utc(moment)
         shutil.rmtree(out/"events", ignore_errors=True)
-        done = write_log(log, out, tmp, moment, session_gap_minutes, (bot_events_per_minute, bot_events_per_day), say)
+        done = write_log(log, out, tmp, moment, session_gap_minutes, (bot_events_per_minute, bot_events_per_day, source.timed), say)
         kinds = (("items", Item, "item_id"), ("users", User, "user_id"))
         tables = {t: sort_table(getattr(source, t), back[t], c, k, moment, tmp) for t, c, k in kinds}
         for t, (_, bad, n) in tables.items(): check_share(t, bad, n, max_quarantine_share, dataset)
@@ -313,7 +313,7 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
         aside |= {t: (_with(getattr(source, t), back[t]), bad) for t, (_, bad, _) in tables.items() if bad.n}
         taken, reasons = _set_aside(out, aside, log.gone, settled(data_dir))
         sizes = _write(out, done, {t: rows for t, (rows, _, _) in tables.items()}, log.gone, source, moment)
-        said = _account(log, done, taken) | sizes | dict(dataset=dataset, about=source.about, moment=moment.isoformat(),
+        said = _account(log, done, taken) | sizes | dict(dataset=dataset, about=source.about, moment=moment.isoformat(), timed=source.timed,
             rows_read=log.read[0],
             recovered=sum(log.read[1:]), quarantine_reasons=reasons, sources=_digests(source.files))
     write_json(out/"ingest.json", said)
