@@ -1,11 +1,12 @@
 "Importers: every layout, any size, and the real files of other shops where they are at hand."
-import gzip, json, os, zipfile
+import gzip, json, os, re, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
 import polars as pl
 import pytest
 from hypothesis import given, settings, strategies as st
+from shop import make_shop, recsys
 
 from recsys.core.settings import RecsysError
 from recsys.data.events import Item, conform, validate, validate_events
@@ -125,6 +126,17 @@ tea = {item_id = ["tea", "pot"], quantity = "> 1"}}\n""")
     assert df["event_type"].to_list() == ["purchase", "return", "purchase", "return", "purchase"]
     assert df["quantity"].to_list() == [2, 2, 1, 1, 0] and df["visitor_id"].to_list() == ["v", "v", "guest:2", "v", "v"]
     assert df["flag"].to_list() == ["tea", None, "test order, no price", None, None]
+
+def test_remarks_change_nothing_and_are_counted(tmp_path):
+    from recsys.data.ingest import ingest
+    (tmp_path/"log.csv").write_text("event_type,ts,visitor_id,item_id,kind\n" + "".join(f"view,2026-03-0{1 + i},v,i,{k}\n" for i, k in enumerate("aabx")))
+    text = "[events]\npath = 'log.csv'\n"
+    said = []
+    for more in ("", "remarks = {'a, or so' = {kind = 'a'}, 'a or b' = {kind = ['a', 'b']}, none = {kind = 'z'}}\n"):
+        (tmp_path/"shop.toml").write_text(text + more)
+        said.append(ingest("shop.toml", tmp_path/f"out{len(said)}", None, NOW, 30, 60, .05, tmp_path))
+    assert [s["remarks"] for s in said] == [{}, {"a or b": 3, "a, or so": 2}]
+    assert pl.read_parquet(tmp_path/"out0/events/*/*.parquet").equals(pl.read_parquet(tmp_path/"out1/events/*/*.parquet"))
 
 def test_a_row_of_two_types(tmp_path):
     (tmp_path/"a.csv").write_text("event_id,ts,visitor_id,item_id,click\na,2026-03-02,v,i,0\nb,2026-03-02,v,i,1\nc,2026-03-02,v,i,x\n")
@@ -308,6 +320,16 @@ def test_online_retail(tmp_path):
     assert items["item_id"].is_unique().all() and users.height == 4_372 and set(items["currency"]) == {"GBP"}
     assert good.filter(pl.col("flag").is_null(), pl.col("event_type") == "purchase", pl.col("price") > 0).select(
         pl.col("item_id").is_in(items["item_id"].to_list()).all()).item()
+
+def test_the_page_of_online_retail_says_how_many_and_why(tmp_path):
+    path = shared("online_retail")/"online_retail.parquet"
+    make_shop(tmp_path)
+    (tmp_path/"shop.toml").write_text("".join(f"[{s}]\npath = '{path}'\nlike = 'online_retail'\n" for s in ("events", "items", "users")))
+    r = recsys(tmp_path, "ingest")
+    assert r.returncode == 0, r.stderr
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", next(tmp_path.glob("reports/runs/*/ingest.html")).read_text()))
+    for said in ("135,080 lines without a customer", "9,288 cancellations", "1,336 negative quantities", "2,995 stock codes of postage", "price is negative 2"):
+        assert said in page, said
 
 def test_rees46(tmp_path):
     path = shared("rees46_slice")

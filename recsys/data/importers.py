@@ -259,11 +259,11 @@ def _spread(df: pl.DataFrame, t: MappedTable) -> pl.DataFrame:
     return df.with_columns(event_id=pl.when(again).then(pl.format("{}:{}", "event_id", "event_type")).otherwise("event_id"))
 
 # %% ../../nbs/1_data/07_importers.ipynb #ce586fc8
-def _flagged(t: MappedTable, columns: _Columns, strict: bool) -> pl.Expr:
-    "The flags that hold, joined by a comma; null if none does."
-    text = pl.concat_str([pl.when(_rule(columns, r, strict)).then(pl.lit(name)) for name, r in t.flags.items()], separator=", ",
+def _holding(named: dict[str, Rules], separator: str, columns: _Columns, strict: bool) -> pl.Expr:
+    "The names of the rules that hold, joined by `separator`; null if none does."
+    text = pl.concat_str([pl.when(_rule(columns, r, strict)).then(pl.lit(name)) for name, r in named.items()], separator=separator,
         ignore_nulls=True)
-    return pl.when(text != "").then(text).alias("flag")
+    return pl.when(text != "").then(text)
 
 def _final(df: pl.DataFrame, t: MappedTable) -> pl.DataFrame:
     "What holds for whole rows: a return is counted upwards, a category is a path."
@@ -296,7 +296,8 @@ def map_frame(t: MappedTable, lf: pl.LazyFrame, section: str, name: str, strict:
     values = {ours: v for ours, (v, _) in cells.items()} | {c: _constant(c, v, section, t).alias(c) for c, v in t.constants.items()}
     if t.clock: values["ts"] = _clocked(values.get("ts"), t, columns, name).alias("ts")
     if t.event_rules: values["event_type"] = _typed(t, columns, strict)
-    if t.flags: values["flag"] = _flagged(t, columns, strict)
+    if t.flags: values["flag"] = _holding(t.flags, ", ", columns, strict).alias("flag")
+    if t.remarks and section == "events": values["remarks"] = _holding(t.remarks, "\n", columns, strict).alias("remarks")
     if t.latest: values["_latest"] = _latest_time(t, columns, section, limits)
     problems = {ours: p for ours, (_, p) in cells.items() if p is not None}
     own = [pl.col("_problem")] if "_problem" in columns.schema else []

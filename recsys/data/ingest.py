@@ -81,7 +81,7 @@ class Log:
     def __init__(self, name: str, tables: list[Table], folder: Path, forgotten: Forgotten):
         self.name, self.tables, self.gone = name, tables, Gone(forgotten)
         self.bad, self.hashes, self.good = Bad(folder), Hashes(folder/"ids"), DaySpill(folder/"good")
-        self.read, self.counts = [0] * len(tables), Counter()
+        self.read, self.counts, self.remarks = [0] * len(tables), Counter(), Counter()
         self._batches, self._bad_at, self._copy = [], [], False
 
     def _rows(self) -> Iterator[tuple[int, pl.DataFrame, float]]: # table, rows numbered by _n, CPU seconds
@@ -97,6 +97,7 @@ class Log:
         for k, rows, seconds in self._rows():
             self.read[k] += rows.height
             if not self._batches: self._copy = seconds > SLOW_TO_READ * max(rows.height, 100_000)
+            if "remarks" in rows.columns: self.remarks.update(rows["remarks"].drop_nulls().str.split("\n").explode().to_list())
             self._look(*validate_events(rows, *latest, types))
             say("reading")
         return self
@@ -315,7 +316,7 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
         sizes = _write(out, done, {t: rows for t, (rows, _, _) in tables.items()}, log.gone, source, moment)
         said = _account(log, done, taken) | sizes | dict(dataset=dataset, about=source.about, moment=moment.isoformat(), timed=source.timed,
             rows_read=log.read[0],
-            recovered=sum(log.read[1:]), quarantine_reasons=reasons, sources=_digests(source.files))
+            recovered=sum(log.read[1:]), quarantine_reasons=reasons, remarks=reason_counts(log.remarks), sources=_digests(source.files))
     write_json(out/"ingest.json", said)
     return said
 

@@ -50,6 +50,7 @@ class MappedTable(Struct, forbid_unknown_fields=True):
     event_types: dict[str, str] = field(default_factory=dict)
     event_rules: dict[str, Rules] = field(default_factory=dict) # the event types that a row is, by what holds
     flags: dict[str, Rules] = field(default_factory=dict)       # reasons not to learn from a row
+    remarks: dict[str, Rules] = field(default_factory=dict)     # sentences about events, for the page
     ts_format: str | None = None
     ts_unit: Literal["s", "ms", "us"] | None = None
     timezone: str | None = None # None: UTC
@@ -130,7 +131,7 @@ def _check_table(t: MappedTable, section: str, label: str):
     if t.like and section not in PRESETS[t.like]:
         raise RecsysError(f"preset '{t.like}' has no {section}", label, f"write the columns of [{section}] yourself")
     _check_zone(t.timezone, label)
-    for rules in (t.where, *t.flags.values(), *t.event_rules.values()):
+    for rules in (t.where, *t.flags.values(), *t.remarks.values(), *t.event_rules.values()):
         for rule in listed(rules):
             for c in rule.values(): [_check_condition(x, label) for x in ([c] if isinstance(c, str) else [])]
 
@@ -172,8 +173,8 @@ def with_preset(t: MappedTable, section: str, columns: list[str] | None) -> Mapp
     if t.ts_format or t.ts_unit: new.pop("ts_unit", None), new.pop("ts_format", None)
     new["constants"] = {k: v for k, v in p.constants.items() if k not in t.columns} | t.constants
     new["columns"] = {k: v for k, v in ((k, _there(v, c)) for k, v in p.columns.items()) if v and k not in t.constants} | t.columns
-    for k in ("event_types", "flags", "event_rules"): new[k] = getattr(p, k) | getattr(t, k)
-    for k in ("flags", "event_rules"): new[k] = {n: left for n, r in new[k].items() if (left := _rules_there(r, c)) or n in getattr(t, k)}
+    for k in ("event_types", "flags", "remarks", "event_rules"): new[k] = getattr(p, k) | getattr(t, k)
+    for k in ("flags", "remarks", "event_rules"): new[k] = {n: left for n, r in new[k].items() if (left := _rules_there(r, c)) or n in getattr(t, k)}
     if "where" in new and p.where: new["where"] = _rules_there(p.where, c) or p.where
     if "latest" in new and p.latest: new["latest"] = _there(p.latest, c) or p.latest
     return msgspec.structs.replace(t, **new)

@@ -81,7 +81,15 @@ PRESETS |= dict(online_retail=dict(
         flags={
             "not a product": {"StockCode": "!~ " + PRODUCT},
             "stock adjustment": [{"CustomerID": "missing", "UnitPrice": "= 0"}, {"Customer ID": "missing", "Price": "= 0"},
-                {"InvoiceNo": "!~ ^C", "Quantity": "< 0"}, {"Invoice": "!~ ^C", "Quantity": "< 0"}]}),
+                {"InvoiceNo": "!~ ^C", "Quantity": "< 0"}, {"Invoice": "!~ ^C", "Quantity": "< 0"}]},
+        remarks={
+            "lines without a customer: a guest's, who is known by the invoice alone; they say something about products, nothing about a customer":
+                [{"InvoiceNo": "present", "CustomerID": "missing"}, {"Invoice": "present", "Customer ID": "missing"}],
+            "cancellations (the invoice begins with C): they are returns, with the quantity counted upwards":
+                [{"InvoiceNo": "~ ^C"}, {"Invoice": "~ ^C"}],
+            "negative quantities that no cancellation explains: the warehouse's returns, flagged 'stock adjustment'":
+                [{"InvoiceNo": "!~ ^C", "Quantity": "< 0"}, {"Invoice": "!~ ^C", "Quantity": "< 0"}],
+            "stock codes of postage, fees, samples, corrections and vouchers: flagged 'not a product'": {"StockCode": "!~ " + PRODUCT}}),
     items=dict(timezone="Europe/London", constants=dict(currency="GBP"), latest="InvoiceDate",
         columns=dict(item_id="StockCode", title="Description", price=["UnitPrice", "Price"]),
         where=[{"StockCode": "~ " + PRODUCT, "UnitPrice": "> 0"}, {"StockCode": "~ " + PRODUCT, "Price": "> 0"}]),
