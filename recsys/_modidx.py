@@ -104,6 +104,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'recsys/candidates/pipeline.py'),
                                             'recsys.candidates.pipeline._is_local': ( '3_candidates/pipeline.html#_is_local',
                                                                                       'recsys/candidates/pipeline.py'),
+                                            'recsys.candidates.pipeline._learnt_from': ( '3_candidates/pipeline.html#_learnt_from',
+                                                                                         'recsys/candidates/pipeline.py'),
                                             'recsys.candidates.pipeline._log': ( '3_candidates/pipeline.html#_log',
                                                                                  'recsys/candidates/pipeline.py'),
                                             'recsys.candidates.pipeline._need_java': ( '3_candidates/pipeline.html#_need_java',

@@ -1,10 +1,16 @@
 "The feature store: the join against brute force, both halves against the log, nothing half written."
 import os
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import narwhals as nw, numpy as np, polars as pl, pytest
 from hypothesis import given, settings, strategies as st
 
-from recsys.core.settings import RecsysError
+from recsys.candidates import pipeline
+from recsys.core.files import read_json
+from recsys.core.settings import RecsysError, load_settings
+from recsys.data.ingest import ingest
+from recsys.data.simulator import simulate
 from recsys.features.definitions import LIVE, PROGRAM
 from recsys.features.formulas import DAY, ENTITIES, TYPES, finish
 from recsys.features.offline import sums_at, with_marks
@@ -201,3 +207,33 @@ def test_a_shop_without_sessions_or_without_anything_has_a_store(tmp_path, momen
     assert rows["session"] == 0 and (rows["item"] == 0) == (moment == START)
     assert (OnlineStore(tmp_path/"online").rows(3, [1, 2], 5) == from_log(3, [1, 2], 9999, moment)).all()
     assert offline.as_of(pl.DataFrame(dict(session=[5], t=[moment])), "session", 3).collect()["session_views"].to_list() == [None]
+
+# ---- from an ingest, with the shop's own ids
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory):
+    "A simulated shop, ingested: its folder."
+    d = tmp_path_factory.mktemp("ingested")
+    simulate(d/"shop", 20_000, days=40)
+    ingest("simulated.toml", d/"in", None, datetime.now(timezone.utc), 30, 60, .05, d/"shop")
+    return d/"in"
+
+def in_dollars():
+    "The settings of a shop that counts in dollars; the simulated one takes euros."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("RECSYS_DATA_CURRENCY", "USD"); m.setenv("RECSYS_DATA_EXCHANGE_RATES", "EUR:2")
+        return load_settings(Path(__file__).resolve().parent.parent/"settings.ini")
+
+def test_everybody_s_values_stand_under_their_own_id_and_in_the_shop_s_currency(ingested, tmp_path):
+    "Counted again from the events, by their ids and without any code."
+    pipeline.feature_store(ingested, tmp_path/"store", in_dollars())
+    end = datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"])
+    ever = pl.read_parquet(ingested/"events"/"**/*.parquet").filter(pl.col("flag").is_null(), pl.col("consent"), pl.max_horizontal("ts", "received_ts") < end)
+    ever = ever.join(pl.read_parquet(ingested/"items.parquet").select("item_id", "category"), on="item_id").with_columns(user=pl.coalesce("user_id", "visitor_id"), item="item_id", session="session_id")
+    month, dollars = ever.filter(pl.col("ts") >= end - timedelta(days=30)), (pl.col("price") * 200 + .5).floor().filter(event_type="purchase").mean() / 100
+    for entity, name, events in (("user", "user_views_30d", month), ("item", "item_views_30d", month), ("user_category", "user_category_views_30d", month), ("user_item", "user_item_views", ever)):
+        keys, paid = [*ENTITIES[entity]], f"{entity}_paid_30d"
+        held = OfflineStore(tmp_path/"store"/"offline").read(entity).collect()
+        both = held.join(events.group_by(keys).agg(n=(pl.col("event_type") == "view").sum(), dollars=dollars), on=keys, how="left")
+        assert both["n"].sum() > 500 and both[name].cast(pl.Int64).equals(both["n"].cast(pl.Int64).fill_null(0), check_names=False), entity
+        if paid in held.columns: assert (both["dollars"] > 0).sum() > 20 and (both[paid] - both["dollars"].fill_null(-1)).abs().max() < 1e-3, entity

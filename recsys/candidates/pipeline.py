@@ -158,6 +158,11 @@ def check_memory(events: int, ids: int, available: int, engine: str):
                           "use a larger machine, or set engine = spark and spark_master")
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #01a1eb00
+def _learnt_from(engine: Engine, ingested: Path, settings: Settings) -> nw.LazyFrame:
+    "The events of an ingest without the flagged ones, prices in the shop's currency."
+    events = engine.scan(ingested/"events").filter(nw.col("flag").is_null())
+    return in_base(events, settings.data.currency, exchange_rates(settings.data.exchange_rates))
+
 def _dictionaries(engine: Engine, events: nw.LazyFrame, items: pl.DataFrame, out: Path):
     "Write items, users and sessions with their codes."
     categories = category_codes(items["category"])[:, 0].astype(np.int64)
@@ -235,8 +240,7 @@ def offline_tables(ingested: str | Path, # a folder that `ingest` wrote
     account = read_json(ingested/"ingest.json")
     n, moment = account["rows"], int(datetime.fromisoformat(account["moment"]).timestamp())
     check_memory(n, account["sessions"], psutil.virtual_memory().available, engine.name)
-    events = engine.scan(ingested/"events").filter(nw.col("flag").is_null())
-    events = in_base(events, settings.data.currency, exchange_rates(settings.data.exchange_rates))
+    events = _learnt_from(engine, ingested, settings)
     _dictionaries(engine, events, pl.read_parquet(ingested/"items.parquet"), out); step("dictionaries")
     _log(engine, events, out); step("log")
     engine.write(purchases_of(engine.scan(out/"log"), settings.data.target_event), out/"bought")
@@ -260,16 +264,17 @@ def read_table(out: str | Path) -> tuple[pl.DataFrame, np.ndarray]:
     return table.select("row", "user", "item", "category", "session", "t", "label"), finish(PROGRAM, sums, table["t"].to_numpy())
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #34d490d8
-def feature_store(ingested: str | Path, out: str | Path) -> dict[str, int]:
+def feature_store(ingested: str | Path, out: str | Path, settings: Settings) -> dict[str, int]:
     "Both halves of the feature store as of an ingest's moment: `out`/offline (Parquet, ids of the shop) and `out`/online (arrays). Rows by entity."
-    ingested, out, engine = Path(ingested), Path(out), Polars()
-    moment = int(datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"]).timestamp())
-    events, items = engine.scan(ingested/"events").filter(nw.col("flag").is_null()), pl.read_parquet(ingested/"items.parquet")
+    ingested, out, engine, account = Path(ingested), Path(out), Polars(), read_json(Path(ingested)/"ingest.json")
+    moment = int(datetime.fromisoformat(account["moment"]).timestamp())
+    check_memory(account["rows"], account["sessions"], psutil.virtual_memory().available, engine.name)
+    items, events = pl.read_parquet(ingested/"items.parquet"), _learnt_from(engine, ingested, settings)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as tmp:
         tmp = Path(tmp)
         _dictionaries(engine, events, items, tmp); _log(engine, events, tmp)
-        read = lambda name, id: pl.read_parquet(tmp/name/"part-0.parquet")[id]
-        categories = read("items", "category").to_numpy()
+        by_code = lambda name, code, id: pl.read_parquet(tmp/name/"part-0.parquet").sort(code)[id] # an engine writes rows in any order
+        categories = by_code("items", "item", "category").to_numpy()
         paths = items["category"].fill_null("?").gather(np.unique(categories, return_index=True)[1])
-        ids = dict(user=read("users", "who"), item=read("items", "item_id"), session=read("sessions", "session_id"), category=paths)
+        ids = dict(user=by_code("users", "user", "who"), item=by_code("items", "item", "item_id"), session=by_code("sessions", "session", "session_id"), category=paths)
         return materialize(engine.scan(tmp/"log"), moment, OfflineStore(out/"offline"), out/"online", len(ids["user"]), categories, ids)

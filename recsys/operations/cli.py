@@ -177,13 +177,18 @@ def _features_build(a):
     return 0
 
 def _features_feast(a):
+    import shutil
     from recsys.candidates.pipeline import feature_store
     from recsys.core.files import atomic_dir
     from recsys.core.settings import load_settings
     from recsys.features.feast_repo import feast_repository
-    out = _new(a.out)
-    with atomic_dir(out/"store") as tmp: feature_store(_ingested(load_settings()), tmp/"new")
-    said = feast_repository(out/"repository", out/"store"/"new"/"offline", a.online)
+    s, out = load_settings(), _new(a.out)
+    try:
+        with atomic_dir(out/"store") as tmp: feature_store(_ingested(s), tmp/"new", s)
+        said = feast_repository(out/"repository", out/"store"/"new"/"offline", a.online)
+    except BaseException:  # the repository holds its own address and is made in its place: half of one would bar the next try
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     print(f"{said['features']} features in {said['views']} views as of {said['moment']}: a Feast repository in {said['folder']}")
     return 0
 
