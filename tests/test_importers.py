@@ -16,7 +16,7 @@ from recsys.data.presets import PRESETS, guess
 from recsys.data.streams import Limits
 
 NOW = datetime(2026, 3, 10, tzinfo=timezone.utc)
-SHARED = Path(os.environ.get("RECSYS_SHARED_DATA") or Path(__file__).parents[2]/"shared"/"data")
+SHARED = Path(os.environ.get("SHARED_DATA") or Path(__file__).parents[2]/"shared"/"data")
 
 def source(folder: Path, mapping: str):
     (folder/"shop.toml").write_text(mapping)
@@ -286,7 +286,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 # ---- the real ones
 
 def shared(folder: str) -> Path:
-    if not (SHARED/folder).is_dir(): pytest.skip(f"{folder} is not here: set RECSYS_SHARED_DATA to the folder that holds it")
+    if not (SHARED/folder).is_dir(): pytest.skip(f"{folder} is not here: set SHARED_DATA to the folder that holds it")
     return SHARED/folder
 
 def judged(table: Table, latest=NOW) -> tuple[pl.DataFrame, pl.DataFrame]:
