@@ -1369,6 +1369,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'recsys/operations/bench.py'),
                                          'recsys.operations.bench._figures': ( '9_operations/bench.html#_figures',
                                                                                'recsys/operations/bench.py'),
+                                         'recsys.operations.bench._floor': ('9_operations/bench.html#_floor', 'recsys/operations/bench.py'),
                                          'recsys.operations.bench._gathered': ( '9_operations/bench.html#_gathered',
                                                                                 'recsys/operations/bench.py'),
                                          'recsys.operations.bench._join': ('9_operations/bench.html#_join', 'recsys/operations/bench.py'),

@@ -60,6 +60,7 @@ def test_every_row_is_compared_with_the_replay(figures):
 
 def test_pandas_does_the_same_work_and_comes_to_the_same_values(figures):
     p = figures["checks"]["pandas"]
+    assert 0 < p["floor_cpu_seconds"] < p["ours"]["cpu_seconds"]
     assert p["rows"] == figures["shop"]["training_rows"] and p["pairs"] == figures["shop"]["pairs"] > 100 and p["differing"] == [] and p["same_bits"] > .999
     assert p["ratio"] == pytest.approx(p["theirs"]["cpu_seconds"] / p["ours"]["cpu_seconds"]) and p["ours"]["cpu_seconds"] == figures["cpu_seconds"]
 

@@ -216,6 +216,14 @@ def _pandas(meter, settings: str, shop: str, out: str, path: dict) -> dict:
     meter("start")
     return pandas_path(shop, out, datetime.now(timezone.utc), moment, s, path["since"], path["until"], path["negatives"], path["one_in"], meter) | dict(version=pandas.__version__)
 
+def _floor(meter, settings: str, shop: str, out: str) -> dict:
+    "Read a shop's log and keep it by day, in polars: less than any ingest does."
+    events = pl.scan_parquet(Path(shop)/"events"/"**/*.parquet", hive_partitioning=False)
+    meter("start")
+    events.with_columns(day=pl.col("ts").dt.date()).sink_parquet(pl.PartitionBy(out, key="day"), compression="lz4", mkdir=True)
+    meter("floor")
+    return {}
+
 def _compare(meter, settings: str, ours: str, theirs: str) -> dict:
     "Our tables beside theirs."
     table = pl.read_parquet(sorted((Path(ours)/"table").glob("*.parquet"))).sort("row")
@@ -248,7 +256,7 @@ def _join(meter, settings: str, side: str, offline: str, rows: str, out: str, co
     found.write_parquet(out)
     return dict(rows=len(found), version=metadata.version("feast") if side == "feast" else metadata.version("polars"))
 
-PARTS = dict(simulate=_simulate, path=_path, parity=_parity, pandas=_pandas, compare=_compare, asked=_asked, join=_join)
+PARTS = dict(simulate=_simulate, path=_path, parity=_parity, floor=_floor, pandas=_pandas, compare=_compare, asked=_asked, join=_join)
 
 # %% ../../nbs/9_operations/10_bench.ipynb #7519f258
 PACKAGES = ("recsys", "polars", "narwhals", "numba", "numpy", "pandas", "feast", "pyspark")
@@ -295,8 +303,8 @@ def _beside_pandas(run: _Run, name: str, path: dict) -> dict:
     "The path in pandas beside ours, on the same shop."
     theirs = run.do("pandas", shop=run.folder/name, out=run.folder/f"{name}-pandas", path=path["said"])
     same = run.do("compare", ours=run.folder/f"{name}-tables"/"out", theirs=run.folder/f"{name}-pandas")["said"]
-    n = path["said"]["rows_read"]
-    return dict(events=n, version=theirs["said"]["version"], ours=_figures(path, n), theirs=_figures(theirs, n), ratio=counted(theirs) / counted(path), **same)
+    floor, n = run.do("floor", shop=run.folder/name, out=run.folder/f"{name}-floor"), path["said"]["rows_read"]
+    return dict(events=n, floor_cpu_seconds=counted(floor), version=theirs["said"]["version"], ours=_figures(path, n), theirs=_figures(theirs, n), ratio=counted(theirs) / counted(path), **same)
 
 def _beside_feast(run: _Run, name: str, rows: int, columns: int = 10, max_age_days: float = 30.) -> dict:
     "Feast's join beside ours, on the same rows; the better of two calls each."
