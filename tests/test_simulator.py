@@ -230,6 +230,76 @@ def test_prices_in_the_log_are_the_true_ones(shocked):
     views = views.join_asof(prices, left_on="day", right_on="from_day", by="item_id", check_sortedness=False)
     assert (views["price"] == views["price_right"]).mean() > .99 # a visit over midnight keeps its prices
 
+# ---- what makes a shop a shop: each of these fails if the trait is taken away
+
+def priced(out, df) -> pl.DataFrame:
+    "Views and carts with the true price and list price of their day."
+    prices = pl.read_parquet(out/"truth"/"prices.parquet").sort("from_day").rename({"price": "now"})
+    some = df.filter(pl.col("event_type").is_in(["view", "add_to_cart"])).with_columns(day=(pl.col("ts") - START).dt.total_days().cast(pl.Int32)).sort("day")
+    return some.join_asof(prices, left_on="day", right_on="from_day", by="item_id", check_sortedness=False).with_columns(off=1 - pl.col("now") / pl.col("list_price"))
+
+def test_promotions_come_go_and_sell(made):
+    out, _, _, df = made
+    prices, shop = pl.read_parquet(out/"truth"/"prices.parquet").with_columns(off=1 - pl.col("price") / pl.col("list_price")), Shop()
+    begun, items = prices.filter(pl.col("off") > .01), pl.read_parquet(out/"items.parquet").height
+    assert begun["off"].min() > .08 and begun["off"].max() < .42 and .5 < begun.height / (shop.promotions * 90 * items) < 2
+    later = prices.join(begun.select("item_id", begin="from_day"), on="item_id").filter(pl.col("from_day") >= pl.col("begin") + 7, pl.col("begin") < 75).group_by("item_id", "begin").agg(pl.col("off").first())
+    assert later.height > 100 and (later["off"] < .01).mean() > .9 # a week, then the full price again
+    seen = priced(out, df.filter(~pl.col("visitor_id").is_in(pl.read_parquet(out/"truth"/"bots.parquet")["visitor_id"].implode())))
+    rate = lambda some: (some["event_type"] == "add_to_cart").sum() / (some["event_type"] == "view").sum()
+    assert rate(seen.filter(pl.col("off") > .15)) > 1.2 * rate(seen.filter(pl.col("off") < .01)) # cheaper sells better
+
+@pytest.fixture(scope="module")
+def year(tmp_path_factory):
+    "A year of people's views: item, moment, category's season; and the truth about items."
+    out = tmp_path_factory.mktemp("sim")/"year"
+    simulate(out, 200_000, seed=4, items=400, days=365, shop=Shop(bots=0., impression_share=.2))
+    items = pl.read_parquet(out/"truth"/"items.parquet")
+    return read(out).unique("event_id", keep="first").filter(event_type="view").join(items, on="item_id").with_columns(at=pl.col("ts").dt.ordinal_day() / 365.25 * 2 * np.pi, day=(pl.col("ts") - START).dt.total_seconds() / 86400), items
+
+def test_seasons_of_the_shop_and_of_its_categories(year):
+    """A weight 1 + a·cos(x) over a whole year makes the mean of cos(x) a/2; nothing makes it 0. A category is measured against the whole
+    shop, and only what is met by popularity has a season of its own: favourites are looked at all year."""
+    views, shop = year[0], Shop()
+    assert views.select((pl.col("at") - 345 / 365.25 * 2 * np.pi).cos().mean()).item() == pytest.approx(shop.yearly / 2, abs=.035)
+    mean = lambda some, season: some.select((pl.col("at") + season).cos().mean()).item()
+    parts = [(part.height / views.height, mean(part, s) - mean(views, s)) for (s,), part in views.group_by("season")]
+    assert len(parts) >= 8 and .02 < sum(n * gain for n, gain in parts) < shop.seasons / 2
+
+def test_new_items_are_met_more_often(year):
+    views, items = year
+    aged = views.filter(pl.col("born_day") > 0, pl.col("born_day") < 300).with_columns(age=pl.col("day") - pl.col("born_day"))
+    alive = lambda a, b: items.filter(pl.col("born_day") > 0, pl.col("born_day") < 300).select((pl.min_horizontal("dies_day", pl.col("born_day") + b) - (pl.col("born_day") + a)).clip(0).sum()).item()
+    per_day = lambda a, b: aged.filter(pl.col("age").is_between(a, b)).height / alive(a, b)
+    assert 1.5 < per_day(1, 8) / per_day(35, 60) < 3.5
+
+def test_a_shelf_that_nobody_fills_is_empty_in_the_end(tmp_path):
+    sold = {}
+    for restock in (0., .4):
+        out = tmp_path/f"{restock}"
+        simulate(out, 60_000, seed=2, items=200, days=60, shop=Shop(bots=0., impression_share=.1, restock=restock, new_items=0.))
+        bought = read(out).unique("event_id", keep="first").filter(event_type="purchase").with_columns(day=(pl.col("ts") - START).dt.total_days())
+        sold[restock] = bought.filter(pl.col("day") >= 45).height / bought.filter(pl.col("day") < 15).height
+        stock = pl.read_parquet(out/"items.parquet")["stock"]
+        assert (stock == 0).mean() > .5 if restock == 0 else (stock > 0).mean() > .5
+    assert sold[0.] < .5 * sold[.4]
+
+def test_clicks_follow_the_tastes_of_their_day(shocked):
+    "Nine tenths of every taste are new from day 70 on: what was clicked before fits the old ones, what after the new ones."
+    out, df = shocked
+    old, new = (pl.read_parquet(out/"truth"/f"tastes-{k:03d}.parquet").select("visitor_id", taste) for k, taste in ((2, pl.col("taste").alias("old")), (3, pl.col("taste").alias("new"))))
+    x = df.filter(event_type="click").join(old, on="visitor_id").join(new, on="visitor_id").join(pl.read_parquet(out/"truth"/"items.parquet").select("item_id", "vector"), on="item_id")
+    fit = lambda some, taste: (some[taste].to_numpy() * some["vector"].to_numpy()).sum(1).mean()
+    before, after = x.filter(pl.col("day").is_between(61, 68)), x.filter(pl.col("day") >= 71)
+    assert min(before.height, after.height) > 500 and fit(before, "old") > fit(before, "new") + .2 and fit(after, "new") > fit(after, "old") + .2
+
+def test_some_people_have_two_devices_and_some_no_account(made):
+    out, _, _, df = made
+    devices = df.drop_nulls("user_id").group_by("user_id").agg(n=pl.col("visitor_id").n_unique(), visits=pl.col("session_id").n_unique()).filter(pl.col("visits") >= 6)
+    assert devices["n"].max() == 2 and .3 < (devices["n"] == 2).mean() < 1
+    strangers = df.join(pl.read_parquet(out/"truth"/"visitors.parquet"), on="visitor_id", how="anti").filter(event_type="purchase")
+    assert strangers["user_id"].null_count() == strangers.height > 20
+
 # ---- calibration
 
 def test_calibration_brings_the_marginals_nearer(tmp_path):
