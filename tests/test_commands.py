@@ -69,6 +69,20 @@ def test_simulate_then_ingest_then_features(shop):
     assert x.shape == (rows.height, len(LIVE)) and rows["label"].sum() > 30 and (x[:, LIVE_NAMES.index("item_views_30d")] > 0).any()
     assert not (shop/"table"/"sums").exists() and rows.select(pl.col("row").n_unique()).item() == rows.height
 
+def test_a_shop_of_one_s_own(shop):
+    "Knobs and shocks from a file, curves from what was ingested; how near they come is shown."
+    (shop/"sale.toml").write_text('late = 0.2\n[[shocks]]\nday = 20\nkind = "stock out"\nsize = 0.3\n')
+    out = ok(recsys(shop, "simulate", "--events", "20000", "--out", "like-ours", "--days", "60", "--users", "150", "--items", "60", "--shop", "sale.toml", "--calibrate"))
+    said = json.loads((shop/"like-ours/simulated.json").read_text())
+    assert (said["users"], said["items"], said["shop"]["late"], said["shop"]["checkout"]) == (150, 60, .2, 1.) and said["shop"]["shocks"][0]["kind"] == "stock out"
+    assert sum(said["shop"]["marginals"]["baskets"][3:6]) > .6 and sum(said["shop"]["marginals"]["hours"][8:20]) == pytest.approx(1)  # four to six items, by day
+    rows = [l.replace("│", " ").split() for l in out.splitlines() if l.startswith("│")]
+    assert [r[0] for r in rows] == ["popularity", "baskets", "gaps", "hours", "weekdays"] and all(0 <= float(r[-1]) <= 1 for r in rows) and "simulated" in out
+    for text, word in (("lates = 1", "'lates'"), ("late = 9", "late"), ("[[shocks]]\nday = 1\nkind = 'meteor'\nsize = 1", "meteor"), ("[[shocks]]\nday = 1\nkind = 'traffic'\nsize = 1\nhow = 1", "'how'"), ("not toml", "TOML")):
+        (shop/"wrong.toml").write_text(text)
+        r = recsys(shop, "simulate", "--events", "2000", "--out", "wrong", "--shop", "wrong.toml")
+        assert r.returncode == 1 and r.stderr.count("\n") == 1 and word in r.stderr and "wrong.toml" in r.stderr and not (shop/"wrong").exists(), r.stderr
+
 @pytest.mark.parametrize("arguments, said", [
     ("features build --out t --days 0", "0 days of rows"), ("features build --out t --days -3", "-3 days"), ("features build --out t --negatives -1", "-1 negatives"),
     ("features build --out t --negatives 51", "51 negatives"), ("features build --out t --one-in 0", "one in 0"), ("features build --out settings.ini", "something already"),

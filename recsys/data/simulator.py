@@ -8,10 +8,11 @@ __all__ = ['GRID', 'MIDDLES', 'Share', 'Rare', 'Above0', 'KINDS', 'IMPRESSION', 
            'QUANTITY', 'CENTS', 'ORDER', 'REQUEST', 'POSITION', 'PLACEMENT', 'CONTEXT', 'CONSENT', 'PERSON', 'LINES',
            'TARGET', 'BUYING', 'COLUMNS', 'ROWS', 'EVENTS', 'SESSIONS', 'REQUESTS', 'ORDERS', 'BACK', 'KIND0', 'NONE',
            'MAX_STEPS', 'MAX_BOT', 'FOREVER', 'DAYS', 'Marginals', 'usual_marginals', 'Shock', 'Visits', 'Shop',
-           'Shelf', 'People', 'Log', 'Knobs', 'Cart', 'simulate', 'marginals', 'calibrate', 'compare_marginals']
+           'Shelf', 'People', 'Log', 'Knobs', 'Cart', 'simulate', 'marginals', 'calibrate', 'shop_of',
+           'compare_marginals']
 
 # %% ../../nbs/1_data/16_simulator.ipynb #beb5593d
-import math
+import math, tomllib
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -972,6 +973,25 @@ def marginals(events: pl.LazyFrame, # contract columns; purchases are looked at
 def calibrate(events: pl.LazyFrame, **knobs) -> Shop:
     "A shop with the marginals of a real log; every cart is bought, so that gaps are between orders. `knobs`: other fields of `Shop`."
     return Shop(**dict(marginals=marginals(events), checkout=1., guests=0., yearly=0.) | knobs)
+
+# %% ../../nbs/1_data/16_simulator.ipynb #0dc69c3a
+def _knobs_in(file: str | Path) -> dict:
+    "The fields of `Shop` that a TOML file gives, checked."
+    try: given = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e: raise RecsysError(f"cannot be read ({' '.join(str(e).split())})", file, "name a TOML file with fields of a shop") from None
+    known = {Shop: Shop.__struct_fields__, Shock: Shock.__struct_fields__}
+    wrong = [k for k in given if k not in known[Shop]] + [k for s in given.get("shocks", ()) if isinstance(s, dict) for k in s if k not in known[Shock]]
+    if wrong: raise RecsysError(f"unknown knob '{wrong[0]}'", file, f"a shop has: {', '.join(known[Shop])}; a shock: {', '.join(known[Shock])}")
+    try: shop = msgspec.convert(given, Shop)
+    except msgspec.ValidationError as e: raise RecsysError(str(e).replace("`", "'"), file, "correct the shop") from None
+    return {k: getattr(shop, k) for k in given}
+
+def shop_of(file: str | Path | None = None,    # TOML: fields of Shop, and [[shocks]]
+            real: pl.LazyFrame | None = None,  # a log in contract columns, whose marginals it takes
+            ) -> Shop:
+    "The usual shop, changed by a file, calibrated on a log."
+    knobs = _knobs_in(file) if file else {}
+    return Shop(**knobs) if real is None else calibrate(real, **knobs)
 
 # %% ../../nbs/1_data/16_simulator.ipynb #f751b5a1
 DAYS = tuple(float(x) for x in np.geomspace(.1, 200, 34)) # where the gaps are compared

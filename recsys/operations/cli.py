@@ -146,11 +146,26 @@ def _forget(a):
 def _simulate(a):
     from pathlib import Path
     from rich.console import Console
-    from recsys.data.simulator import simulate
+    from recsys.core.settings import load_settings
+    from recsys.data.events import read_events
+    from recsys.data.simulator import compare_marginals, shop_of, simulate
+    import polars as pl
+    out, real = Path(a.out), read_events(_ingested(load_settings())/"events", None) if a.calibrate else None
     with Console(stderr=True).status("simulating") as status:
-        said = simulate(Path(a.out), a.events, a.seed, days=a.days, on_step=lambda name: status.update(f"simulating: {name}"))
+        said = simulate(out, a.events, a.seed, a.users, a.items, a.days, shop=shop_of(a.shop, real), on_step=lambda name: status.update(f"simulating: {name}"))
     print(f"{said['rows']:,} simulated events in {a.out}; write `dataset = {a.out}/simulated.toml` into [data] of settings.ini to run on them")
+    if a.calibrate: _nearness(compare_marginals(real, pl.scan_parquet(sorted((out/"events").glob("*.parquet")), glob=False)))
     return 0
+
+def _nearness(curves):
+    "What a calibration came to: the middle of each curve in both logs, and how far the curves are apart."
+    from rich.console import Console
+    from rich.table import Table
+    table = Table("marginal", "at", "real", "simulated", "greatest difference", caption="cumulative shares; 0: equal, 1: as different as can be; the second log is simulated")
+    for (name,), part in curves.group_by("marginal", maintain_order=True):
+        x, real, simulated = part.select("x", "real", "simulated").row(int((part["real"] - .5).abs().arg_min()))
+        table.add_row(name, f"{x:.3g}", f"{real:.3f}", f"{simulated:.3f}", f"{part['distance'][0]:.3f}")
+    Console().print(table)
 
 def _ingested(s):
     from recsys.core.jobs import folder_of
@@ -231,6 +246,9 @@ def parser() -> argparse.ArgumentParser:
     c = command("simulate", _simulate, "make up a shop of any size, to try things on")
     c.add_argument("--events", type=int, required=True); c.add_argument("--out", required=True, metavar="DIR")
     c.add_argument("--seed", type=int, default=42); c.add_argument("--days", type=int, default=180, help="of history; the daily cycle needs some 130 at the usual settings")
+    c.add_argument("--users", type=int, help="accounts; by default as many as make the events"); c.add_argument("--items", type=int, help="by default one per 250 events")
+    c.add_argument("--shop", metavar="FILE", help="TOML: knobs that differ from the usual ones, and [[shocks]]")
+    c.add_argument("--calibrate", action="store_true", help="popularity, baskets, gaps, hours and weekdays of the log last ingested; shows how near it comes")
     features = command("features", None, "tables of live features, and the door to Feast").add_subparsers(required=True, metavar="WHAT")
     def of(parent, name, do, text):
         c = parent.add_parser(name, help=text, description=text); c.set_defaults(do=do); c.add_argument("--out", required=True, metavar="PATH")
