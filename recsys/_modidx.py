@@ -132,6 +132,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'recsys/candidates/pipeline.py'),
                                             'recsys.candidates.pipeline.feature_store': ( '3_candidates/pipeline.html#feature_store',
                                                                                           'recsys/candidates/pipeline.py'),
+                                            'recsys.candidates.pipeline.free_memory': ( '3_candidates/pipeline.html#free_memory',
+                                                                                        'recsys/candidates/pipeline.py'),
                                             'recsys.candidates.pipeline.offline_tables': ( '3_candidates/pipeline.html#offline_tables',
                                                                                            'recsys/candidates/pipeline.py'),
                                             'recsys.candidates.pipeline.read_table': ( '3_candidates/pipeline.html#read_table',

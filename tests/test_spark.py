@@ -4,12 +4,13 @@ from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import narwhals as nw
 import numpy as np, polars as pl, psutil, pytest
 from polars.testing import assert_frame_equal
 
-from recsys.candidates.pipeline import Polars, Spark, _cause, check_memory, engine_of, offline_tables, read_table
+from recsys.candidates.pipeline import Polars, Spark, _cause, check_memory, engine_of, free_memory, offline_tables, read_table
 from recsys.core.files import read_json
 from recsys.core.settings import RecsysError, load_settings
 from recsys.data.ingest import ingest
@@ -289,12 +290,24 @@ def test_the_cause_of_an_exception(text, cause): assert _cause(text) == cause
 
 def test_what_does_not_fit_is_refused_before_it_starts(shop, tmp_path, monkeypatch):
     d, end, _ = shop
-    from types import SimpleNamespace
     monkeypatch.setattr("recsys.candidates.pipeline.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000_000))
     with pytest.raises(RecsysError, match=r"events need about .* GB of memory, 0\.0 are free — use a larger machine, or set engine = spark"):
         offline_tables(d/"in", tmp_path/"out", Polars(), load_settings(ROOT/"settings.ini"), end - 28 * DAY, end)
     assert not (tmp_path/"out").exists()
     check_memory(10**12, 10**11, 1, "spark")  # its memory is the cluster's
+
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+    "Control groups of both versions; what the kernel caches of files is free."
+    monkeypatch.setattr("recsys.candidates.pipeline.psutil.virtual_memory", lambda: SimpleNamespace(available=8 * 10**9))
+    def group(folder, limit, used, says="2000000000"):
+        folder.mkdir(parents=True)
+        for name, text in {"memory.stat": "anon 5\ninactive_file 300000000", limit: says, used: "900000000"}.items(): (folder/name).write_text(text + "\n")
+    group(tmp_path/"new", "memory.max", "memory.current")
+    group(tmp_path/"old"/"memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+    group(tmp_path/"none", "memory.max", "memory.current", "max")
+    group(tmp_path/"full", "memory.max", "memory.current", "500000000")
+    assert [free_memory(tmp_path/g) for g in ("new", "old", "none", "full", "nowhere")] == [1_400_000_000, 1_400_000_000, 8 * 10**9, 0, 8 * 10**9]
+    assert 0 < free_memory()
 
 # ---- nightly
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD', 'BYTES_PER_EVENT', 'BYTES_PER_ID', 'COUNTED', 'SIDES', 'PAIR_SHARD', 'Engine', 'Polars', 'Spark', 'engine_of',
-           'check_memory', 'shards_of', 'offline_tables', 'read_table', 'feature_store']
+           'free_memory', 'check_memory', 'shards_of', 'offline_tables', 'read_table', 'feature_store']
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #1b4d6fc4
 import os, re, shutil, socket, tempfile, time
@@ -150,6 +150,16 @@ SHARD = 4_000_000       # events that a sweep sorts at once
 BYTES_PER_EVENT = 400   # of a shard in a sweep, measured on the benchmark page
 BYTES_PER_ID = 250      # of a dictionary of users or sessions while it is joined
 
+def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    "Bytes that this process may still take, of the machine and of the container that it is in (Linux's control groups, both versions)."
+    free = psutil.virtual_memory().available
+    for limit, used, stat in (("memory.max", "memory.current", "memory.stat"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")):
+        try:
+            cached = dict(l.split() for l in (groups/stat).read_text().splitlines()).get("inactive_file", 0)  # given back when it is asked for
+            free = min(free, int((groups/limit).read_text()) - int((groups/used).read_text()) + int(cached))
+        except (OSError, ValueError): pass  # no such group, or "max": no limit
+    return max(free, 0)
+
 def check_memory(events: int, ids: int, available: int, engine: str):
     "`RecsysError` if polars would need more than `available` bytes."
     need = min(events, SHARD) * BYTES_PER_EVENT + ids * BYTES_PER_ID
@@ -239,7 +249,7 @@ def offline_tables(ingested: str | Path, # a folder that `ingest` wrote
     ingested, out, step = Path(ingested), Path(out), on_step or (lambda name: None)
     account = read_json(ingested/"ingest.json")
     n, moment = account["rows"], int(datetime.fromisoformat(account["moment"]).timestamp())
-    check_memory(n, account["sessions"], psutil.virtual_memory().available, engine.name)
+    check_memory(n, account["sessions"], free_memory(), engine.name)
     events = _learnt_from(engine, ingested, settings)
     _dictionaries(engine, events, pl.read_parquet(ingested/"items.parquet"), out); step("dictionaries")
     _log(engine, events, out); step("log")
@@ -268,7 +278,7 @@ def feature_store(ingested: str | Path, out: str | Path, settings: Settings) -> 
     "Both halves of the feature store as of an ingest's moment: `out`/offline (Parquet, ids of the shop) and `out`/online (arrays). Rows by entity."
     ingested, out, engine, account = Path(ingested), Path(out), Polars(), read_json(Path(ingested)/"ingest.json")
     moment = int(datetime.fromisoformat(account["moment"]).timestamp())
-    check_memory(account["rows"], account["sessions"], psutil.virtual_memory().available, engine.name)
+    check_memory(account["rows"], account["sessions"], free_memory(), engine.name)
     items, events = pl.read_parquet(ingested/"items.parquet"), _learnt_from(engine, ingested, settings)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as tmp:
         tmp = Path(tmp)
