@@ -117,6 +117,7 @@ class Serving(Section):
     port: Annotated[int, Meta(ge=0, le=65535)]
     workers: Positive
     max_items: Annotated[int, Meta(ge=1, le=500)]
+    rules: str # path of a rules file; empty: none
 
 class Run(Section):
     seed: Annotated[int, Meta(ge=0, lt=2**31)]

@@ -73,7 +73,7 @@ def live_table(log: pl.LazyFrame, features: tuple, entity: str, n: int, moments:
     return finish(program, sums, t).reshape(len(moments), n, len(features))
 
 # %% ../../nbs/2_features/06_build.ipynb #3cd2156b
-CATALOGUE = ("item_id", "title", "category", "brand", "price")  # what answers and pages show of an item
+CATALOGUE = ("item_id", "title", "category", "brand", "price", "stock", "attributes")  # what answers, pages and rules look at
 
 def build_features(ingested: str | Path, out: str | Path, settings: Settings, on_step=None) -> dict:
     """Snapshots of all moments, from the folder that `ingest` wrote.

@@ -81,8 +81,36 @@ def _table(answer):
     table = Table(caption=f"model {answer.model_version}, {answer.took_ms:.1f} ms, fallback level {answer.fallback_level}")
     for name in ("#", "item", "title", "score", "sources", "why"): table.add_column(name, justify="right" if name in ("#", "score") else "left", overflow="fold")
     for i in answer.items:
-        why = "; ".join(i.reason[:2]) + "".join(f"\n{k} {v:+.3f}" for k, v in i.contributions.items())
+        why = "; ".join(i.reason[:2]) + "".join(f"\n[{r}]" for r in i.rules) + "".join(f"\n{k} {v:+.3f}" for k, v in i.contributions.items())
         table.add_row(*map(Text, (str(i.rank), i.item_id, i.title or "", f"{i.score:.3f}", ", ".join(i.source), why)))
+    Console().print(table)
+
+# %% ../../nbs/9_operations/07_cli.ipynb #eeff3503
+def _rules(a):
+    from rich.console import Console
+    from recsys.core.settings import RecsysError, load_settings
+    from recsys.operations.runner import bundles_folder
+    from recsys.ranking.rules import read_rules
+    from recsys.serving.bundle import current_bundle
+    from recsys.serving.dry_run import dry_run
+    if a.users < 1: raise RecsysError(f"users = {a.users}", "--users", "ask for 1 or more")
+    s, rules = load_settings(), read_rules(a.file)
+    bundle = current_bundle(bundles_folder(s))
+    with Console(stderr=True).status("answering") as status:
+        effects, lists, changed = dry_run(bundle, rules, a.users, s.candidates.per_source, s.candidates.budget, min(10, s.serving.max_items), s.run.seed,
+                                          lambda done, total: status.update(f"answering without rule {done} of {total}"))
+    _effects(effects)
+    print(f"{a.file}: {len(effects)} rules change {changed} of {lists} lists of version {bundle.manifest['version']}")
+    return 0
+
+def _effects(effects):
+    "The effects of a dry run as a table in the terminal."
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    table = Table()
+    for name in ("rule", "items it means", "lists that change", "items out", "items in"): table.add_column(name, justify="left" if name == "rule" else "right", overflow="fold")
+    for e in effects: table.add_row(*map(Text, (e.rule.name if e.rule.kind == e.rule.name else f"{e.rule.kind}: {e.rule.name}", "" if e.names is None else str(e.names), str(e.lists), str(e.out), str(e.into))))
     Console().print(table)
 
 # %% ../../nbs/9_operations/07_cli.ipynb #c881b99b
@@ -237,6 +265,8 @@ def parser() -> argparse.ArgumentParser:
     c = command("recommend", _recommend, "one answer in the terminal, with reasons")
     c.add_argument("--user", default="", metavar="ID"); c.add_argument("--cart", default="", metavar="ID,ID"); c.add_argument("--n", type=int, default=10)
     c.add_argument("--explain", action="store_true", help="show what moved each score"); c.add_argument("--json", action="store_true", help="print JSON")
+    c = command("rules", _rules, "what a file of rules would do to the lists of today, rule by rule")
+    c.add_argument("file", metavar="FILE"); c.add_argument("--users", type=int, default=200, help="of a sample")
     c = command("serve", _serve, "answer over HTTP from the current bundle")
     c.add_argument("--host"); c.add_argument("--port", type=int)
     c = command("ingest", _ingest, "read and check the shop's data; nothing is learnt yet")

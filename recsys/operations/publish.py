@@ -12,18 +12,19 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..core.files import digest, read_json, write_json
+from ..core.files import digest, file_digest, read_json, write_json
 from ..core.settings import RecsysError, Settings, as_dict
 from ..features.build import day_of, read_moments
 from .runner import remove
 from ..ranking.ranker import load_ranker
+from ..ranking.rules import read_rules
 from ..serving.bundle import Bundle, open_bundle, promote, verify_bundle, versions, write_bundle
 from ..serving.engine import Answer, Engine, Request, recommend
 
 # %% ../../nbs/9_operations/08_publish.ipynb #ae478f03
-def version_of(folders: dict[str, Path], day: str) -> str:
-    "Day and 8 digits over the steps' folders, e.g. 20180102-3f2a91c0."
-    return f"{day.replace('-', '')}-{digest(sorted(p.name for p in folders.values()))[:8]}"
+def version_of(folders: dict[str, Path], day: str, rules: Path | None = None) -> str:
+    "Day and 8 digits over the steps' folders and the file of rules, e.g. 20180102-3f2a91c0."
+    return f"{day.replace('-', '')}-{digest(sorted(p.name for p in folders.values()), *([file_digest(rules)] if rules else []))[:8]}"
 
 # %% ../../nbs/9_operations/08_publish.ipynb #a9922d05
 def trial_questions(state, bundle: Bundle) -> dict[str, Request]:
@@ -53,7 +54,9 @@ def publish(folders: dict[str, Path], bundles: str | Path, out: str | Path, sett
 
     Writes `out`/publish.json with the version. A version that exists already is verified and promoted again."""
     moments, features = read_moments(folders["features"]), folders["features"]
-    day, version = day_of(moments.now), version_of(folders, day_of(moments.now)[:10])
+    rules = settings.resolve(settings.serving.rules) if settings.serving.rules else None
+    if rules: read_rules(rules, settings.serving.rules)
+    day, version = day_of(moments.now), version_of(folders, day_of(moments.now)[:10], rules)
     evaluation = read_json(folders["evaluate"]/"evaluation.json")["questions"]
     manifest = dict(moment=day, dataset=read_json(folders["ingest"]/"ingest.json")["dataset"], sources=read_json(folders["ingest"]/"ingest.json")["sources"],
                     parents={n: p.name for n, p in folders.items()}, settings=digest(as_dict(settings)), seed=settings.run.seed, trees=load_ranker(folders["train"]/"ranker.txt").num_trees(),
@@ -62,7 +65,7 @@ def publish(folders: dict[str, Path], bundles: str | Path, out: str | Path, sett
     if target.exists() and not is_whole(target): remove(target)
     if not target.exists():
         write_bundle(bundles, version, [features/day, folders["candidates"]/day], folders["train"]/"ranker.txt", pl.read_parquet(features/"catalogue.parquet"),
-                     pl.read_parquet(features/"users.parquet")["user_id"], manifest)
+                     pl.read_parquet(features/"users.parquet")["user_id"], manifest, rules)
     verify_bundle(target); os.utime(target/"manifest.json")
     bundle = open_bundle(target)
     engine = Engine(bundle.state, bundle.ranker, settings.candidates.per_source, settings.candidates.budget, bundle)

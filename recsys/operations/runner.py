@@ -26,6 +26,7 @@ class Step(Struct, frozen=True):
     name: str                      # of the notebook in nbs/jobs
     parents: tuple[str, ...] = ()  # steps whose folders it reads, each a parameter of that name
     sections: tuple[str, ...] = () # sections of settings.ini that it reads
+    files: tuple[tuple[str, str], ...] = () # keys (section, key) that name a file which it reads, or nothing
 
 STEPS = (
     Step("ingest", (), ("data",)),
@@ -35,7 +36,7 @@ STEPS = (
     Step("train", ("features", "candidates"), ("data", "candidates", "ranker", "evaluation", "run")),
     Step("evaluate", ("features", "candidates", "train"), ("data", "candidates", "evaluation", "run")),
     Step("drift", ("features", "candidates", "train"), ("data", "candidates", "drift", "evaluation", "run")),
-    Step("publish", ("ingest", "features", "candidates", "train", "evaluate", "drift"), ("candidates",)))
+    Step("publish", ("ingest", "features", "candidates", "train", "evaluate", "drift"), ("candidates",), (("serving", "rules"),)))
 
 # %% ../../nbs/9_operations/04_runner.ipynb #e15e279f
 def jobs_folder(settings: Settings) -> Path: return settings.resolve("nbs/jobs")
@@ -74,8 +75,9 @@ def fingerprint(step: Step, parents: dict[str, str], parameters: dict, settings:
     "16 hexadecimal digits over all that the result of `step` depends on; `parents`: fingerprints by name."
     notebook, pins = jobs_folder(settings)/f"{step.name}.ipynb", settings.resolve("constraints.txt")
     if not notebook.exists(): raise RecsysError("no such job", str(notebook), "settings.ini belongs beside nbs/: copy or link that folder of the repository")
+    named = [getattr(getattr(settings, section), key) for section, key in step.files]
     return digest(step.name, parents, as_dict(settings, *step.sections) if step.sections else {}, code_digest(notebook, package_folder()),
-                  file_digest(pins) if pins.exists() else "", parameters)
+                  file_digest(pins) if pins.exists() else "", parameters, [file_digest(settings.resolve(path)) for path in named if path])
 
 # %% ../../nbs/9_operations/04_runner.ipynb #b311026b
 class _Peak:

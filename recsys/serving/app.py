@@ -19,6 +19,7 @@ from granian.rsgi import ProtocolClosed, ProtocolError
 from msgspec import Meta
 
 from ..core.settings import RecsysError
+from ..ranking.rules import Filter
 from .bundle import current_bundle, verify_bundle
 from .engine import Engine, Request, recommend
 
@@ -105,6 +106,7 @@ def warm_up(engine: Engine, users: int = 3) -> Engine:
     cart = list(islice(engine.bundle.item_codes, 2))
     for user in [*islice(engine.bundle.user_codes, users), None]:
         for items in ([], cart): recommend(engine, Request(user_id=user, cart=items, explain=True), "warm-up")
+    for placement in [None, *sorted(engine.book.placements)]: recommend(engine, Request(placement=placement, filter=Filter(), diversity=.5), "warm-up")
     return engine
 
 # %% ../../nbs/5_serving/03_app.ipynb #7f78b6a1

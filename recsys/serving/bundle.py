@@ -19,6 +19,7 @@ from ..core.settings import RecsysError
 from ..features.definitions import ITEM, USER
 from ..features.point_in_time import PAIR
 from ..ranking.ranker import load_ranker
+from ..ranking.rules import NO_RULES, Rules, read_rules
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #fdb8ad51
 class Bundle(NamedTuple):
@@ -27,9 +28,10 @@ class Bundle(NamedTuple):
     manifest: dict
     state: State             # memory-mapped tables
     ranker: object           # lightgbm.Booster
-    items: pl.DataFrame      # item_id, title, category, brand, price; the row is the item's code
+    items: pl.DataFrame      # item_id, title, category, brand, price, stock, attributes; the row is the item's code
     user_codes: dict         # user id → code
     item_codes: dict         # item id → code
+    rules: Rules = NO_RULES  # the shop's
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #e1971b58
 def _digests(folder: Path) -> dict[str, str]:
@@ -53,10 +55,10 @@ def _link(source: Path, target: Path):
     try: os.link(source.resolve(), target)
     except OSError: shutil.copyfile(source, target)
 
-def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker: Path, items: pl.DataFrame, users: pl.Series, manifest: dict) -> Path:
+def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker: Path, items: pl.DataFrame, users: pl.Series, manifest: dict, rules: Path | None = None) -> Path:
     """Write, verify and put in place `bundles`/`version`; the folder.
 
-    state_folders: where the arrays of `State` lie; items: item_id first, a row per code; users: ids, the position is the code."""
+    state_folders: where the arrays of `State` lie; items: item_id first, a row per code; users: ids, the position is the code; rules: a file, copied as it is."""
     target = Path(bundles)/version
     with atomic_dir(target) as tmp:
         for folder in state_folders:
@@ -64,6 +66,7 @@ def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker:
                 if file.stem in State._fields: _link(file, tmp/"state"/file.name)
         _link(Path(ranker), tmp/"ranker.txt")
         with full_disk_is_clear(target):
+            if rules: read_rules(rules); (tmp/"rules.toml").write_bytes(Path(rules).read_bytes())  # a copy: the original will be edited
             items.write_parquet(tmp/"items.parquet"); pl.DataFrame({"user_id": users}).write_parquet(tmp/"users.parquet")
         write_json(tmp/"manifest.json", {**manifest, "version": version, "files": _digests(tmp)})
         _check(open_bundle(tmp))
@@ -105,7 +108,8 @@ def open_bundle(folder: str | Path) -> Bundle:
     try: items, users = pl.read_parquet(folder/"items.parquet"), pl.read_parquet(folder/"users.parquet")["user_id"]; ids = items["item_id"]
     except (pl.exceptions.PolarsError, OSError) as e: raise RecsysError(f"broken table ({e})", str(folder), "publish again, or roll back") from None
     codes = lambda ids: {v: i for i, v in enumerate(ids)}
-    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids))
+    rules = read_rules(folder/"rules.toml") if (folder/"rules.toml").exists() else NO_RULES
+    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids), rules)
 
 def promote(bundles: str | Path, version: str):
     "Make `version` the one that `current` names, atomically."
