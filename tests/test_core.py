@@ -57,6 +57,11 @@ WRONG = [
     ((("windows_days = 7, 30, 90", "windows_days = 7, 7"),), "[features] windows_days must grow", "each once"),
     ((("view>view:0.2", "view-view:0.2"),), "[candidates] pairs = ", "correct the value"),
     ((("budget = 400", "budget = 15"),), "[candidates] budget is smaller than the longest list", "raise the budget"),
+    ((("backend = faiss", "backend = milvus"),), "[index] uri = '': no address of a Milvus", "http://HOST:PORT"),
+    ((("backend = faiss\n", "backend = milvus\n"), ("uri =\n", "uri = vectors\n")), "[index] uri = 'vectors'", "NAME.db"),
+    ((("backend = faiss\n", "backend = milvus\n"), ("uri =\n", "uri = v.db\n"), ("kind = auto", "kind = ivf")), "[index] kind = 'ivf' is for faiss only", "hnsw"),
+    ((("collection = recsys_items", "collection = my items"),), "[index] collection = 'my items'", "correct the value"),
+    ((("recall_target = 0.95", "recall_target = 0"),), "[index] recall_target = '0'", "correct the value"),
 ]
 
 @pytest.mark.parametrize("changes, what, todo", WRONG, ids=[w[1][:40] for w in WRONG])

@@ -117,7 +117,7 @@ def test_a_wing_imports_only_itself_and_earlier_wings(path):
 TRAINING_ROOMS = {"recsys/candidates/vectors.py": {"torch"}, "recsys/candidates/fit.py": {"torch", "pytorch_lightning"},
                   "recsys/candidates/build.py": set()}
 HEAVY = set("""torch pytorch_lightning lightning torchmetrics shap lightgbm altair implicit faiss jupyter jupyterlab jupyter_server nbconvert papermill
-    IPython ipykernel pandas sklearn matplotlib vl_convert feast dask redis pyspark""".split())
+    IPython ipykernel pandas sklearn matplotlib vl_convert feast dask redis pyspark pymilvus milvus_lite""".split())
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)
 def test_no_module_loads_a_heavy_library_at_its_top(path):

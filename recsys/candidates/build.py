@@ -37,20 +37,19 @@ def counted_tables(lines: pl.DataFrame, target: str, category: np.ndarray, n_use
                 segment_items=segment_lists(users[recent], items[recent], segment, n_items, c.per_source))
 
 # %% ../../nbs/3_candidates/07_build.ipynb #14d476d6
-def searched_tables(vectors: dict[str, np.ndarray], eligible: np.ndarray, n_users: int, settings: Settings) -> tuple[dict[str, np.ndarray], float]:
-    "user_near, cart_ids and cart_scores from the vectors of a moment, and the lower of the two recalls against exact search."
+def searched_tables(vectors: dict[str, np.ndarray], eligible: np.ndarray, n_users: int, settings: Settings, save: Path | None = None) -> tuple[dict[str, np.ndarray], dict]:
+    "user_near, cart_ids and cart_scores from the vectors of a moment, and what was measured of their index, which is kept at `save`."
     c, inside, outside = settings.candidates, vectors["vector_in"], vectors["vector_out"]
     eligible = eligible[outside[eligible].any(1)]
     users = np.zeros((n_users, outside.shape[1]), np.float32)
     users[:len(vectors["user_vector"])] = vectors["user_vector"]
     known, near = np.flatnonzero(users.any(1)), np.full((n_users, c.per_source), -1, np.int32)
-    near[known], _, recall = nearest(users[known], outside, eligible, c.per_source, c.exact_below)
     asked = inside[eligible] / np.maximum(np.linalg.norm(inside[eligible], axis=1, keepdims=True), 1e-9)
     ids, scores = np.full((len(inside), c.neighbours), -1, np.int32), np.zeros((len(inside), c.neighbours), np.float32)
-    found, score, recall_cart = nearest(asked, outside, eligible, c.neighbours + 1, c.exact_below)
+    ((near[known], _), (found, score)), measured = nearest([(users[known], c.per_source), (asked, c.neighbours + 1)], outside, eligible, settings, save)
     others = np.argsort(found == eligible[:, None], axis=1, kind="stable")[:, :c.neighbours]  # the item itself is no neighbour
     ids[eligible], scores[eligible] = np.take_along_axis(found, others, 1), np.take_along_axis(score, others, 1)
-    return dict(vector_in=inside, vector_out=outside, user_vector=users, user_near=near, cart_ids=ids, cart_scores=scores), min(recall, recall_cart)
+    return dict(vector_in=inside, vector_out=outside, user_vector=users, user_near=near, cart_ids=ids, cart_scores=scores), measured
 
 # %% ../../nbs/3_candidates/07_build.ipynb #eb1253bf
 def build_candidates(features: str | Path, out: str | Path, settings: Settings, on_step=None) -> list[dict]:
@@ -68,10 +67,10 @@ def build_candidates(features: str | Path, out: str | Path, settings: Settings, 
         walk = walk or ThroughTime(len(category), e.dimensions, e.min_events, e.history_items, settings.run.seed,
                                    learning_rate=e.learning_rate, strategy=e.strategy, devices=e.devices)
         vectors = walk.advance(*(bought[c].to_numpy() for c in ("user", "session", "item", "known")), moment, e.epochs, e.examples, e.batch_size)
-        searched, recall = searched_tables(vectors, sold, n_users, settings)
+        searched, index = searched_tables(vectors, sold, n_users, settings, out/"items.index" if moment == read_moments(features).now else None)
         counted = counted_tables(known, target, np.ascontiguousarray(category[:, 1]), n_users, moment, settings)
         with full_disk_is_clear(out): save_arrays(out/name, counted | searched)
-        said.append(dict(moment=name, items_with_vectors=walk.known.n, loss=round(vectors["loss"], 4), index_recall=recall,
+        said.append(dict(moment=name, items_with_vectors=walk.known.n, loss=round(vectors["loss"], 4), **{f"index_{k}": v for k, v in index.items()},
                          items_with_neighbours=int((counted["together_ids"][:, 0] >= 0).sum()), segments=len(counted["segment_items"]) - 1))
         if on_step: on_step(name)
     write_json(out/"candidates.json", said)

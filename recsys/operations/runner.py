@@ -32,7 +32,7 @@ STEPS = (
     Step("ingest", (), ("data",)),
     Step("validate", ("ingest",), ("data", "checks", "evaluation", "ranker")),
     Step("features", ("ingest", "validate"), ("data", "features", "candidates", "evaluation", "ranker")),
-    Step("candidates", ("features",), ("data", "candidates", "embeddings", "run")),
+    Step("candidates", ("features",), ("data", "candidates", "index", "embeddings", "run")),
     Step("train", ("features", "candidates"), ("data", "candidates", "ranker", "evaluation", "run")),
     Step("evaluate", ("features", "candidates", "train"), ("data", "candidates", "evaluation", "run")),
     Step("drift", ("features", "candidates", "train"), ("data", "candidates", "drift", "evaluation", "run")),
