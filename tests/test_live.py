@@ -15,7 +15,7 @@ from recsys.data.simulator import Shop, simulate
 from recsys.features.definitions import LIVE_NAMES, PROGRAM
 from recsys.features.formulas import Aggregate, compiled, amount, count, finish, last, nothing
 from recsys.features.live import EVENT, PERIOD, Updater, replay
-from recsys.features.offline import codes, log_of, with_marks, with_seconds
+from recsys.features.offline import codes, log_of, sums_at, with_marks, with_seconds
 
 def numbered(log: pl.DataFrame) -> pl.DataFrame:
     "`log` with an int64 `id` for each event_id; in no order."
@@ -240,9 +240,17 @@ def test_the_complete_journey():
 @pytest.mark.bench
 @pytest.mark.timeout(3600)
 def test_the_whole_complete_journey():
+    "Every purchase of every household is a row, as of its own second; and as many random moments as a sample has."
     log = disordered(journey(), .3, 1)
     assert log.height > 1_400_000
-    assert proven(log, sampled(log, 20_000, 1), with_copies(log, .1, 1)) > 200_000
+    arriving = with_copies(log, .1, 1)
+    assert proven(log, sampled(log, 20_000, 1), arriving) > 200_000
+    rows, marked = log.sort("event_id").select("user", "item", "category", "session", t="ts").with_row_index("row").with_columns(pl.col("row").cast(pl.Int64)), lazy(with_marks(lazy(log)).collect().to_native())
+    wanted = [sums_at(marked, lazy(part), PROGRAM.aggregates).collect().to_native().sort("row").drop("row").to_numpy() for part in rows.iter_slices(250_000)]
+    wanted, t = np.concatenate(wanted), rows["t"].to_numpy()
+    for disorder in (None, 1):
+        got = replay(PROGRAM, arriving, rows, disorder)
+        assert len(got) == log.height and (got == wanted).all() and finish(PROGRAM, got, t).tobytes() == finish(PROGRAM, wanted, t).tobytes()
 
 def simulated(folder, n: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     "A simulated funnel, ingested: its coded log, and what arrived: the same events, those that came twice twice."
