@@ -85,7 +85,7 @@ people = st.none() | st.integers(0, N_USERS - 1).map(lambda k: f"u{k}")
 wishes = st.none() | st.builds(Filter, region=st.none() | st.sampled_from([*REGIONS, "US"]), **conditions)
 requests = st.builds(Request, n=st.integers(1, 40), user_id=people, placement=spots, cart=st.lists(item_ids, max_size=6), items=st.lists(item_ids, max_size=3),
                      exclude=st.lists(item_ids, max_size=10), filter=wishes, diversity=st.none() | st.floats(0, 1), explain=st.just(False),
-                     impressions=st.lists(st.builds(Impression, item_id=item_ids, days_ago=st.sampled_from([0., 5., 30.]), clicked=st.booleans()), max_size=30))
+                     impressions=st.lists(st.builds(Impression, item_id=st.integers(0, 9).map(lambda k: f"i{k}"), days_ago=st.sampled_from([0., 5., 30.]), clicked=st.booleans()), max_size=30))
 
 # ---- what may come out, said again in plain Python
 
@@ -144,6 +144,44 @@ def test_no_filtered_item_ever_comes_out_and_promises_hold(engine_with, world, r
         row = engine.bundle.items.row(c, named=True)
         lifted = [f"{k}: {r.name}" for k in ("boost", "bury") for r in getattr(rules, k) if holds(r, request.placement) and meets(row, r)]
         assert [r for r in s.rules if r.startswith(("boost: ", "bury: "))] == lifted
+
+def test_what_was_bought_lately_does_not_come_back_and_what_was_bought_long_ago_does(engine_with):
+    engine, old = engine_with(2, 2), 0
+    for days in (2., 5., 8.):
+        rules = Rules(filters=Filters(bought_days=days))
+        engine.use(rules)
+        for u in range(N_USERS):
+            request = Request(user_id=f"u{u}", n=40)
+            codes = [int(s.item_id[1:]) for s in recommend(engine, request, "r").items]
+            assert len(codes) > 9 and all(may_come_out(engine, rules, request, c) for c in codes)
+            old += len({*codes} & {*engine.state.bought_key[engine.state.bought_ptr[u]:engine.state.bought_ptr[u + 1]].tolist()})
+    assert old > 50
+
+def test_rules_of_one_placement_do_not_reach_another(engine_with):
+    engine = engine_with(0, 1)
+    engine.use(Rules(block=(Block(name="x", brand=("x",), placements=("home",)),), pin=(Pin(name="p", item="i7", place=1, placements=("cart",)),)))
+    brand = dict(engine.bundle.items.select("item_id", "brand").iter_rows())
+    for turn in range(2):  # the second time from what is kept
+        for placement, wish in ((None, None), ("home", None), ("cart", None), ("elsewhere", None), ("home", Filter(price_min=1.)), (None, Filter(price_min=1.))):
+            found = [s.item_id for s in recommend(engine, Request(user_id="u4", n=30, placement=placement, filter=wish), "r").items]
+            assert found and any(brand[i] == "x" for i in found) == (placement != "home"), (placement, wish)
+            assert wish or (found[0] == "i7") == (placement == "cart")
+
+def test_what_was_shown_too_often_loses_its_place(engine_with):
+    engine = engine_with(0, 1)
+    engine.use(Rules(fatigue=Fatigue(shown=2, days=7., strength=.02)))
+    ask = lambda *seen: recommend(engine, Request(user_id="u4", n=30, impressions=list(seen)), "r").items
+    first = (before := [s.item_id for s in ask()])[0]
+    place = lambda *seen: [s.item_id for s in ask(*seen)].index(first)
+    once, old, click = Impression(first), Impression(first, days_ago=8.), Impression(first, clicked=True)
+    assert place(once) == place(once, old) == place(once, once, click) == 0 < place(once, once) < place(*[once] * 4)
+    assert [s.rules for s in ask(once, once) if s.item_id == first] == [["fatigue"]] and {*before} == {s.item_id for s in ask(*[once] * 9)}
+
+def test_the_book_forgets_the_oldest_filters(engine_with):
+    engine = engine_with(0, 1)
+    engine.use(NO_RULES)
+    for k in range(200): recommend(engine, Request(filter=Filter(price_max=float(k))), "r")
+    assert len(engine.book.views) == engine.book.keep
 
 @settings(max_examples=200)
 @given(world=worlds, rules=rule_sets, request=requests)
@@ -271,6 +309,14 @@ def test_caps_take_the_best_that_fit(made, caps, n):
         mine = [(k, g) for k, g in enumerate(group[:, ids[c]]) if g >= 0]
         if len(want) < n and all(used[m] < caps[m[0]] for m in mine): want.append(int(c)); used.update(mine)
     assert rows.tolist() == want
+
+def test_pins_count_in_the_caps_and_do_not_break_them():
+    group = np.array([[0, 0, 0, 0, 1, 1]], np.int32)
+    p = policy(6, group=group, groups=2, most=np.array([2]), pin=np.array([3, 2, 1, 5], np.int32), place=np.array([0, 1, 2, 2]))
+    rows, flags, _ = order(range(6), [6, 5, 4, 3, 2, 1], np.zeros((6, 2), np.float32), np.zeros((6, 3), np.int32), p, 6)
+    assert rows.tolist() == [3, 2, 5, 4] and flags.tolist() == [PINNED, PINNED, PINNED, CAPPED]
+    rows, _, _ = order(range(6), [6, 5, 4, 3, 2, 1], np.zeros((6, 2), np.float32), np.zeros((6, 3), np.int32), p, 2)
+    assert rows.tolist() == [3, 2]
 
 @settings(max_examples=200)
 @given(made=candidates(), shown=st.integers(1, 3), days=st.sampled_from([1., 7.]), m=st.integers(0, 40))
