@@ -83,6 +83,7 @@ def _units(ids, vectors):
             if some[c]: units[d, c] = v[d] / length
     return units, some
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #8889f503
 @njit(cache=True, nogil=True)
 def _approach(near, row, ids, units, some, category, by_vector):
     "Raise `near` [c] to how alike each candidate is to the candidate `row`."
@@ -103,6 +104,7 @@ def seed_of(request_id: str) -> np.uint64:
     "64 bits that belong to a request id."
     return np.uint64(int.from_bytes(blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"))
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #5c208e88
 @njit(cache=True, nogil=True)
 def _uniform(seed, k):
     "The `k`-th number (from 0) in [0, 1) of the sequence of `seed`."
@@ -145,6 +147,7 @@ def places_for(n: int) -> Places:
     "Room for `n` places."
     return Places(np.zeros(n, np.int64), np.zeros(n, np.uint8), np.ones(n))
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #10745a02
 @njit(cache=True, nogil=True)
 def _fits(policy, used, item):
     "Is there room for `item` in each of its groups? `used` [caps, groups] counts."
@@ -159,7 +162,7 @@ def _count(policy, used, item):
     for k in range(len(policy.most)):
         if policy.group[k, item] >= 0: used[k, policy.group[k, item]] += 1
 
-# %% ../../nbs/4_ranking/05_arrange.ipynb #ca137406
+# %% ../../nbs/4_ranking/05_arrange.ipynb #d803e389
 @njit(cache=True, nogil=True)
 def _reserve(ids, policy, used, n):
     "The candidate that is pinned to each of `n` places, -1: none."
@@ -173,6 +176,7 @@ def _reserve(ids, policy, used, n):
                 _count(policy, used, ids[c])
     return held
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #5bec67f6
 @njit(cache=True, nogil=True)
 def _best(ids, base, near, taken, used, policy, value):
     "The candidate for the next place (-1: none is left) and its flags; fills `value` [c], -inf for those that cannot be taken."
@@ -188,6 +192,7 @@ def _best(ids, base, near, taken, used, policy, value):
     if best < 0: return best, 0
     return best, (DIVERSE if likely > base[best] else 0) | (CAPPED if above > value[best] else 0)
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #94eeca06
 @njit(cache=True, nogil=True)
 def _next_held(held, s):
     "The first candidate held for a place after `s`, no longer held then; -1: none."
@@ -197,6 +202,7 @@ def _next_held(held, s):
             return c
     return np.int64(-1)
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #7a1a5a25
 @njit(cache=True, nogil=True)
 def arrange(ids, scores, vectors, category, policy, showings, seed, out):
     """Fill the places `out` with the best of the candidates `ids` int32 [c] under `policy`; how many are filled.
@@ -248,6 +254,7 @@ def _join(work, n, pin, sellable):
         slot[item] = at + 1
     return n
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #fd55c9f6
 @njit(cache=True, nogil=True)
 def pinned_rows(state, work, user, cart, barred, pin):
     "As `candidate_rows`, with the items `pin` int32 [pins] among the candidates wherever they may be shown."

@@ -54,10 +54,12 @@ class Block(Where, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: Name
     placements: Texts = ()
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #a539f120
 class Lift(Block, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "Items that a boost moves up, or a bury down."
     strength: Strength     # 1: the whole way between a request's worst and best candidate
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #765db26e
 class Cap(Placed, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "At most so many of a group in a list. Items without a group are not counted."
     name: Name
@@ -71,7 +73,7 @@ class Pin(Placed, frozen=True, forbid_unknown_fields=True, kw_only=True):
     item: Text
     place: Annotated[int, Meta(ge=1, le=500)]
 
-# %% ../../nbs/4_ranking/06_rules.ipynb #376e455e
+# %% ../../nbs/4_ranking/06_rules.ipynb #b4a73d4d
 class Region(Struct, frozen=True, forbid_unknown_fields=True):
     "Items whose `attribute` lists regions are shown there only; to visitors of an unknown region not at all."
     attribute: Text
@@ -83,6 +85,7 @@ class Filters(Struct, frozen=True, forbid_unknown_fields=True):
     min_stock: Annotated[int, Meta(ge=1)] | None = None # where the stock is known
     region: Region | None = None
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #93a63bd2
 class Fatigue(Placed, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "From the `shown`-th showing without a click within `days`, each takes `strength`."
     shown: Annotated[int, Meta(ge=1, le=1000)]
@@ -101,6 +104,7 @@ class Exploration(Placed, frozen=True, forbid_unknown_fields=True, kw_only=True)
     temperature: Annotated[float, Meta(ge=0.01, le=100)] = 0.1
     pool: Annotated[int, Meta(ge=2, le=1000)] = 50
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #11ca9db5
 class Rules(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     "A rules file."
     filters: Filters = Filters()
@@ -125,6 +129,7 @@ def _finite(value, key: str, file: str):
     for k, v in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         _finite(v, f"{key}.{k}".lstrip(".") if isinstance(value, dict) else f"{key}[{k}]", file)
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #ee641cce
 def _check_rules(rules: Rules, file: str):
     "What must hold between keys."
     for kind in LISTS:
@@ -137,6 +142,7 @@ def _check_rules(rules: Rules, file: str):
     for r in rules.cap:
         if r.level and r.by != "category": raise RecsysError(f"cap '{r.name}': level is for categories", file, "remove level, or write by = \"category\"")
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #9311221a
 def read_rules(path: str | Path, label: str | None = None) -> Rules:
     "The rules in a TOML file; `RecsysError` names file (as `label`) and key."
     path, file = Path(path), label or str(path)
@@ -195,6 +201,7 @@ def _numbers(items: pl.DataFrame, column: str) -> np.ndarray:
     if column not in items.columns: return np.full(len(items), np.nan)
     return items[column].cast(pl.Float64).fill_null(np.nan).to_numpy()
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #7c76a49e
 def _beginnings(paths: tuple[str, ...]) -> dict[str, np.ndarray]:
     "Every beginning of a path → codes of the paths that have it."
     found: dict[str, list[int]] = {}
@@ -203,6 +210,7 @@ def _beginnings(paths: tuple[str, ...]) -> dict[str, np.ndarray]:
         for n in range(1, len(parts) + 1): found.setdefault(" > ".join(parts[:n]), []).append(code)
     return {k: np.array(v, np.int32) for k, v in found.items()}
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #585f6d26
 def _texts(value) -> list[str]:
     "The values of an attribute as texts: 2 is \"2\", true is \"true\", a list is each of its values."
     if isinstance(value, list): return [t for v in value for t in _texts(v)]
@@ -217,6 +225,7 @@ def _attributes(items: pl.DataFrame) -> dict[str, dict[str, np.ndarray]]:
             for t in _texts(value): found.setdefault(name, {}).setdefault(t, []).append(code)
     return {n: {t: np.array(c, np.int32) for t, c in values.items()} for n, values in found.items()}
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #c3eb1b2b
 def catalogue_of(items: pl.DataFrame) -> Catalogue:
     "The catalogue of a table of items, of which all columns but item_id may be absent."
     (path, paths), (brand, brands) = _coded(items, "category"), _coded(items, "brand")
@@ -234,6 +243,7 @@ def _union(texts, known: dict[str, np.ndarray]) -> np.ndarray:
     "The codes of all texts that are known."
     return np.concatenate([np.zeros(0, np.int32), *(known[t] for t in texts if t in known)])
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #47bb4819
 def matches(c: Catalogue, where: Where) -> np.ndarray:
     "bool [I]: the items that meet all conditions."
     n = len(c.path)
@@ -246,6 +256,7 @@ def matches(c: Catalogue, where: Where) -> np.ndarray:
     for name, values in where.attributes.items(): mask &= _among(n, _union(values, c.attributes.get(name, {})))
     return mask
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #8d9cb341
 def sold_in(c: Catalogue, attribute: str, region: str | None) -> np.ndarray:
     "bool [I]: items that may be sold in `region`: those whose attribute names it, and those without the attribute."
     values = c.attributes.get(attribute, {})
@@ -263,6 +274,7 @@ def group_of(c: Catalogue, cap: Cap) -> np.ndarray:
     number = {h: k for k, h in enumerate(dict.fromkeys(heads))}
     return np.array([number[h] for h in heads] + [-1], np.int32)[c.path]
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #0543e1ff
 class Lifts(NamedTuple):
     "Boosts and buries of a placement."
     names: tuple[str, ...] # as answers show them
@@ -276,6 +288,7 @@ def lifts_of(c: Catalogue, rules: Rules, placement: str | None) -> Lifts:
     lift = np.array([sign * r.strength for _, sign, r in some], np.float32) @ mask
     return Lifts(tuple(f"{kind}: {r.name}" for kind, _, r in some), mask, lift.astype(np.float32))
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #fedb54d7
 def policy_of(c: Catalogue, rules: Rules, placement: str | None, lift: np.ndarray) -> Policy:
     "The arrays of the rules that hold at a placement."
     caps = [r for r in rules.cap if holds(r, placement)]
@@ -298,6 +311,7 @@ def allowed(c: Catalogue, rules: Rules, placement: str | None, region: str | Non
         if holds(r, placement): mask &= ~matches(c, r)
     return mask
 
+# %% ../../nbs/4_ranking/06_rules.ipynb #e19f76ed
 def narrowed(state: State, mask: np.ndarray, bestsellers: np.ndarray) -> State:
     "`state` where only items of `mask` may be shown, with popular items of that kind; `bestsellers`: int32 codes, best first."
     sellable, popular = (state.sellable * mask).astype(state.sellable.dtype), np.full_like(state.segment_items, -1)
