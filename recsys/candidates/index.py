@@ -154,8 +154,9 @@ class FaissIndex:
 
     def efforts(self, k: int) -> list[int]:
         if self.kind == "exact": return [0]
-        if self.kind == "ivf": return [2**i for i in range(int(math.log2(self.index.nlist)) + 1)] + [self.index.nlist]
-        return [max(k, 16) * 2**i for i in range(7)]
+        if self.kind == "hnsw": return [max(k, 16) * 2**i for i in range(7)]
+        first = min(math.ceil(2 * k * self.index.nlist / max(self.index.ntotal, 1)), self.index.nlist)  # cells that hold 2k vectors between them
+        return sorted({*(first * 2**i for i in range(int(math.log2(self.index.nlist / first)) + 1)), self.index.nlist})
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         queries, alive = checked_vectors(queries, self.dimensions), self.rows.alive
