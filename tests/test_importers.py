@@ -206,6 +206,41 @@ def test_latest_by_brute_force(tmp_path_factory, rows, size):
         want[id] = (newest(2), newest(3))
     assert got == want
 
+# ---- cells that polars makes text of
+
+PLACES = dict(
+    exploded=("explode = 'items'\ncolumns = {item_id = 'items.item_id'}", lambda i: dict(items=[dict(item_id=i)])),
+    deep=("explode = 'items'\ncolumns = {item_id = 'items.product.id'}", lambda i: dict(items=[dict(product=dict(id=i, n=1))])),
+    bare=("explode = 'items'\ncolumns = {item_id = 'items'}", lambda i: dict(items=[i])),
+    record=("columns = {item_id = 'item.id'}", lambda i: dict(item=dict(id=i))),
+    template=("columns = {item_id = '{item.id}'}", lambda i: dict(item=dict(id=i))),
+    top=("columns = {item_id = 'id'}", lambda i: dict(id=i)))
+
+def sorted_out(folder: Path, mapping: str, lines: list[dict]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    (folder/"log.jsonl").write_text("".join(json.dumps(dict(event_type="view", ts="2026-03-02", visitor_id="v") | l) + "\n" for l in lines))
+    return validate_events(events(folder, "[events]\npath = 'log.jsonl'\n" + mapping), NOW, 60, ())
+
+@pytest.mark.parametrize("odd", [["x"], [["x"]], [], {"k": 1}, {}, True, 5.5, 1e20, 10**30])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_text_is_no_id(tmp_path, place, odd):
+    mapping, line = PLACES[place]
+    good, bad = sorted_out(tmp_path, mapping, [line(i) for i in ("a", odd, "[1]", "true", 7, "5.5", None)])
+    assert good["item_id"].to_list() == ["a", "[1]", "true", "7", "5.5"] and bad["row"].to_list() == [2, 7], (good["item_id"], bad)
+    assert bad["reason"][0].startswith("item_id is not text or a whole number"), bad["reason"][0]
+
+@pytest.mark.parametrize("odd", ["x", 5, True, [1], ["x"], [[dict(item_id="x")]], dict(item_id="x")])
+def test_what_is_no_record_is_no_item(tmp_path, odd):
+    "Something else instead of a list of records: the file is refused in one line, or the row is set aside."
+    try: good, bad = sorted_out(tmp_path, PLACES["exploded"][0], [dict(items=i) for i in ([dict(item_id="a")], odd, [dict(item_id="b")])])
+    except RecsysError as e: assert "\n" not in str(e) and "log.jsonl" in str(e)
+    else: assert good["item_id"].to_list() == ["a", "b"] and bad["row"].to_list() == [2], (good["item_id"], bad)
+
+def test_a_line_cannot_say_that_it_is_not_odd(tmp_path):
+    for own in ([], ["elsewhere"], "no", {"a": 1}, [5]):
+        good, bad = sorted_out(tmp_path, PLACES["top"][0], [dict(id="a"), {"id": ["x"], "_odd": own}])
+        assert good["item_id"].to_list() == ["a"] and bad["row"].to_list() == [2], own
+        assert sorted_out(tmp_path, PLACES["top"][0], [dict(id="a", _odd=own), dict(id="b", _odd=own)])[1].height == 0, own
+
 # ---- batches, ids and memory
 
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)

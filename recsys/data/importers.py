@@ -186,10 +186,10 @@ def _unlike(ours: str, kind: str, raw: pl.Expr) -> pl.Expr:
 
 def _odd(spec: str, x: pl.Expr, kind: str, columns: _Columns) -> pl.Expr | None:
     "Which cells of a source are text only because cells of other lines are (None: none)."
-    if not isinstance(columns.schema.get("_odd"), pl.List) or kind == "json": return None
-    theirs = [spec] if spec in columns.schema else fields_of(spec)
+    if columns.schema.get("_odd") != pl.List(pl.String) or kind == "json": return None
+    theirs = [spec] if (alone := columns.path(spec) is not None) else fields_of(spec)
     named = pl.any_horizontal(False, *(pl.col("_odd").list.contains(c) for c in theirs)).fill_null(False)
-    if spec not in columns.schema: return named
+    if not alone: return named
     return named & x.cast(pl.String).str.contains(r"^[\[{]" if kind == "text" else ODD).fill_null(False) # true and 5.5 are good texts
 
 def _one(ours: str, spec: str, columns: _Columns, section: str, t: MappedTable, limits: Limits) -> tuple[pl.Expr, tuple | None]:

@@ -219,23 +219,50 @@ def _mended(block: bytes, limits: Limits) -> pl.DataFrame:
 
 # %% ../../nbs/1_data/03_streams.ipynb #3ebfbc24
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-ODD = r"^(\[|\{|true$|false$|-?\d+(\.\d+([eE][-+]?\d+)?|[eE][-+]?\d+)$)" # how polars writes lists, records, truths and decimal numbers as text
+ODD = r"^(\[|\{|true$|false$|-?\d+(\.\d+([eE][-+]?\d+)?|[eE][-+]?\d+)$|-?\d{17,}$)" # how polars writes lists, records, truths and decimal numbers as text
 
-def _odd(line: bytes, columns: list[str]) -> list[str]:
-    "Those of `columns`, of text, in which a line holds no text and no whole number."
+def _texts(dtype: pl.DataType, at: tuple = ()) -> list[tuple]:
+    "The ways to all texts in a column: names of fields, and None for each element of a list."
+    if isinstance(dtype, (pl.List, pl.Array)): return _texts(dtype.inner, (*at, None))
+    if isinstance(dtype, pl.Struct): return [w for f in dtype.fields for w in _texts(f.dtype, (*at, f.name))]
+    return [at] if dtype == pl.String else []
+
+def _looks(x: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    "Whether a text in a column is written as polars writes what is none."
+    if isinstance(dtype, pl.List): return x.list.eval(_looks(pl.element(), dtype.inner)).list.any().fill_null(False)
+    if dtype == pl.String: return x.str.contains(ODD).fill_null(False)
+    return pl.any_horizontal(_looks(x.struct.field(f.name), f.dtype) for f in dtype.fields if _texts(f.dtype))
+
+# %% ../../nbs/1_data/03_streams.ipynb #43b5e7e1
+def _values(value, way: tuple) -> Iterator:
+    "What a way of names leads to."
+    if not way: yield value
+    elif way[0] is None: yield from (v for x in (value if isinstance(value, list) else [value]) for v in _values(x, way[1:]))
+    elif isinstance(value, dict): yield from _values(value.get(way[0]), way[1:])
+    elif value is not None: yield [] # no record: nothing that could be taken for text
+
+def _no_text(v) -> bool:
+    "Whether a value is neither a text nor a whole number."
+    if isinstance(v, int) and not isinstance(v, bool): return not -2**63 <= v < 2**64 # more digits than polars keeps
+    return isinstance(v, (list, dict, bool)) or isinstance(v, float) and not (v.is_integer() and abs(v) < 2**53)
+
+def _odd(line: bytes, ways: list[tuple]) -> list[str]:
+    "Names, with dots, of the texts `ways` lead to of which one is none in this line."
+    name = lambda way: ".".join(n for n in way if n is not None)
     try: value = msgspec.json.decode(line, type=dict)
-    except (msgspec.DecodeError, UnicodeDecodeError): return columns
-    return [c for c in columns if isinstance(v := value.get(c), (list, dict, bool)) or isinstance(v, float) and not (v.is_integer() and abs(v) < 2**53)]
+    except (msgspec.DecodeError, UnicodeDecodeError): return [*map(name, ways)]
+    return [name(w) for w in ways if any(map(_no_text, _values(value, w)))]
 
 def _with_odd(df: pl.DataFrame, block: bytes) -> pl.DataFrame:
     "`df`, of a block, with the names of the columns in `_odd` that are not what they seem, if there are any."
-    texts = [c for c, t in df.schema.items() if t == pl.String and c not in ("_line", "_problem")]
-    if not texts or "_odd" in df.columns: return df
-    looks = df.select(pl.any_horizontal(pl.col(c).str.contains(ODD).fill_null(False) for c in texts)).to_series()
+    own = [c for c in df.columns if c not in ("_line", "_problem", "_odd")]
+    ways = {c: found for c in own if (found := _texts(df.schema[c], (c,)))}
+    looks = df.select(pl.any_horizontal(False, *(_looks(pl.col(c), df.schema[c]) for c in ways))).to_series()
     if not looks.any(): return df
-    lines = [l for l in block.split(b"\n") if l.strip()]
-    found = [_odd(l, texts) if look else None for l, look in zip(lines, looks)]
-    return df.with_columns(_odd=pl.Series(found, dtype=pl.List(pl.String))) if any(found) else df
+    lines, ways = [l for l in block.split(b"\n") if l.strip()], [w for found in ways.values() for w in found]
+    found = pl.Series("_odd", [_odd(l, ways) if look else [] for l, look in zip(lines, looks)], pl.List(pl.String))
+    if df.schema.get("_odd") == found.dtype: found = df["_odd"].fill_null([]).list.concat(found) # a line from quarantine says it, too
+    return df.with_columns(found) if (found.list.len() > 0).any() else df
 
 # %% ../../nbs/1_data/03_streams.ipynb #36c15f8b
 def json_frames(stream: BinaryIO, name: str, limits: Limits = Limits()) -> Iterator[pl.LazyFrame]:
