@@ -320,6 +320,36 @@ def test_items_come_back_too(tmp_path):
     items = pl.read_parquet(tmp_path/"again"/"items.parquet").filter(pl.col("title").is_not_null())
     assert items.select("item_id", "price").rows() == [("pot", 2.), ("tea", 3.)]
 
+def test_a_refused_ingest_leaves_what_it_set_aside(tmp_path):
+    from recsys.operations.cli import _last_quarantine
+    s = load_settings()
+    s = msgspec.structs.replace(s, paths=msgspec.structs.replace(s.paths, data=str(tmp_path/"data")))
+    refused = lambda: pytest.raises(RecsysError, match="9 of 14 events are bad.*all are in .*quarantine.parquet, counted in reasons.json")
+    run = lambda out: ingest("shop.toml", tmp_path/out, None, NOW, 30, 60, .4, tmp_path, data_dir=tmp_path/"data")
+    shop(tmp_path, BAD.replace(",view,", ",stare,", 5))
+    for _ in range(2): # also where one was refused before
+        with refused() as e: run("out")
+        assert "\n" not in str(e.value) and not (tmp_path/"out").exists()
+    where = _last_quarantine(s)
+    assert where == tmp_path/"data"/"refused"/"quarantine.parquet" and str(where) in str(e.value)
+    assert json.loads((where.parent/"reasons.json").read_text()) == {"event_type is unknown": 7, "price is not a number": 2}
+    assert pl.read_parquet(where).height == 9 and set(p.name for p in where.parent.iterdir()) == {"quarantine.parquet", "reasons.json"}
+    (tmp_path/"shop.toml").write_text("[events]\npath = '*.csv'\nevent_types = {gaze = 'view', stare = 'view'}\n")
+    got = retry_quarantine(where, tmp_path/"shop.toml", tmp_path/"data", NOW, 60)
+    assert got["recovered"] == 7 and got["tried"] == 9
+    said = run("out")
+    adds_up(said)
+    assert said["rows"] == 11 and said["quarantined"] == 2 and not where.parent.exists()
+    with pytest.raises(RecsysError, match="no result of the step"): _last_quarantine(s)
+
+def test_bad_items_are_left_too(tmp_path):
+    run = lambda: ingest("shop.toml", tmp_path/"out", None, NOW, 30, 60, .4, tmp_path, data_dir=tmp_path/"data")
+    shop(tmp_path, mapping="[events]\npath = '*.csv'\n[items]\npath = 'items.jsonl'\n")
+    (tmp_path/"items.jsonl").write_text('{"item_id": "a", "price": -1}\n{"item_id": "b", "price": 1}\n')
+    with pytest.raises(RecsysError, match="1 of 2 items are bad"): run()
+    reasons = json.loads((tmp_path/"data"/"refused"/"reasons.json").read_text())
+    assert [r for r in reasons if r.startswith("items: price ")] and sum(reasons.values()) == 1 + 4 + 1, reasons
+
 # ---- outcomes
 
 steps = st.lists(st.tuples(st.sampled_from(["impression", "click", "purchase"]), st.sampled_from("vw"), st.sampled_from("ab"),

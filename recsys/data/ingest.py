@@ -19,7 +19,7 @@ import dataframely as dy
 import numpy as np
 import polars as pl
 
-from ..core.files import digest, file_digest, full_disk_is_clear, write_json
+from ..core.files import atomic_dir, digest, file_digest, full_disk_is_clear, write_json
 from ..core.settings import RecsysError
 from .datasets import complete_journey, journey_files
 from .events import UTC, Event, Item, Sessions, User, conform, deduplicate, first_reason, in_order, utc
@@ -27,8 +27,8 @@ from .events import validate, validate_events, write_day
 from .flags import RULES, Flagger
 from .identity import Forgotten, Gone, Stitcher, conflicts
 from .importers import Source, Table, mapping_files, open_mapping, read_mapping, rows_of
-from .quarantine import Bad, check_share, raw_rows, reason_counts, recovered_files, recovered_table, settled
-from .quarantine import with_keys, write_quarantine
+from .quarantine import Bad, check_share, raw_rows, reason_counts, recovered_files, recovered_table, refused_folder
+from .quarantine import settled, with_keys, write_quarantine
 from .spill import DaySpill, Hashes, Repeats, among, distinct, waiting, whole_days
 
 # %% ../../nbs/1_data/13_ingest.ipynb #b7fe4924
@@ -298,26 +298,29 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
            ) -> dict:         # what ingest.json says
     "Import, check, cut at a moment, and write `dataset` to `out`; `RecsysError` if it is unusable."
     out, source, forgotten = Path(out), open_source(dataset, Path(root)), Forgotten(data_dir)
-    back = {t: recovered_table(data_dir, t) for t in ("events", "items", "users")}
+    back, keys = {t: recovered_table(data_dir, t) for t in ("events", "items", "users")}, settled(data_dir)
     with _spill_beside(out) as tmp:
         log = Log(dataset, [t for t in (source.events, back["events"]) if t], tmp, forgotten)
         log.first_pass((now, clock_skew_minutes), source.custom_types, say)
-        check_share("events", log.bad, sum(log.read), max_quarantine_share, dataset)
+        aside = dict(events=(_with(source.events, back["events"]), log.bad))
+        with _kept(aside, log.gone, keys, data_dir): check_share("events", log.bad, sum(log.read), max_quarantine_share, dataset)
         if not log.counts: raise RecsysError("no valid event", dataset, _TIMES)
         moment = end_of_data(log.counts) if moment is None else utc(moment)
         shutil.rmtree(out/"events", ignore_errors=True)
         done = write_log(log, out, tmp, moment, session_gap_minutes, (bot_events_per_minute, bot_events_per_day, source.timed), say)
         kinds = (("items", Item, "item_id"), ("users", User, "user_id"))
         tables = {t: sort_table(getattr(source, t), back[t], c, k, moment, tmp) for t, c, k in kinds}
-        for t, (_, bad, n) in tables.items(): check_share(t, bad, n, max_quarantine_share, dataset)
-        aside = dict(events=(_with(source.events, back["events"]), log.bad), duplicates=(_with(source.events, back["events"]), done.again))
+        aside |= dict(duplicates=(aside["events"][0], done.again))
         aside |= {t: (_with(getattr(source, t), back[t]), bad) for t, (_, bad, _) in tables.items() if bad.n}
-        taken, reasons = _set_aside(out, aside, log.gone, settled(data_dir))
+        with _kept(aside, log.gone, keys, data_dir):
+            for t, (_, bad, n) in tables.items(): check_share(t, bad, n, max_quarantine_share, dataset)
+        taken, reasons = _set_aside(out, aside, log.gone, keys)
         sizes = _write(out, done, {t: rows for t, (rows, _, _) in tables.items()}, log.gone, source, moment)
         said = _account(log, done, taken) | sizes | dict(dataset=dataset, about=source.about, moment=moment.isoformat(), timed=source.timed,
             rows_read=log.read[0],
             recovered=sum(log.read[1:]), quarantine_reasons=reasons, remarks=reason_counts(log.remarks), sources=_digests(source.files))
     write_json(out/"ingest.json", said)
+    if data_dir: shutil.rmtree(refused_folder(data_dir), ignore_errors=True)
     return said
 
 # %% ../../nbs/1_data/13_ingest.ipynb #6304aaa5
@@ -327,6 +330,16 @@ def _spill_beside(out: Path):
     with full_disk_is_clear(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".spill.tmp-", dir=out.parent) as tmp: yield Path(tmp)
+
+@contextmanager
+def _kept(aside: dict[str, tuple[Table, Bad]], gone: Gone, done: frozenset, data_dir: str | Path | None):
+    "Where this refuses a table, what was set aside is left in the folder of the refused."
+    try: yield
+    except RecsysError as e:
+        if not data_dir: raise
+        shutil.rmtree(folder := refused_folder(data_dir), ignore_errors=True)
+        with atomic_dir(folder) as tmp: write_json(tmp/"reasons.json", _set_aside(tmp, aside, gone, done)[1])
+        raise RecsysError(f"{e.what}; all are in {folder/'quarantine.parquet'}, counted in reasons.json", e.where, e.todo) from None
 
 def _write(out: Path, done: "Written", tables: dict[str, pl.DataFrame], gone: Gone, source: Source, moment: datetime) -> dict[str, int]:
     "Write the tables besides events; how many items and users there are."

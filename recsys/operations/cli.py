@@ -135,15 +135,26 @@ def _status(a):
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #69f0a5c5
+def _last_quarantine(s):
+    "The bad rows of the last ingest, or of one after it that was refused for them."
+    from recsys.core.jobs import folder_of
+    from recsys.core.settings import RecsysError
+    from recsys.data.quarantine import refused_folder
+    refused, at = refused_folder(s.data_dir), lambda folder: folder.stat().st_mtime
+    try: folder = folder_of("ingest", "", s)
+    except RecsysError:
+        if not refused.is_dir(): raise
+        folder = refused
+    return (refused if refused.is_dir() and at(refused) > at(folder) else folder)/"quarantine.parquet"
+
 def _retry(s):
     "Read the quarantined rows of the last ingest again; a line about them."
     from datetime import datetime, timezone
-    from recsys.core.jobs import folder_of
     from recsys.core.settings import RecsysError
     from recsys.data.quarantine import retry_quarantine
     mapping = s.resolve(s.data.dataset)
     if not mapping.is_file(): raise RecsysError("a built-in dataset has no mapping that could be corrected", f"[data] dataset = {s.data.dataset}", "name a mapping file")
-    said = retry_quarantine(folder_of("ingest", "", s)/"quarantine.parquet", mapping, s.data_dir, datetime.now(timezone.utc), s.data.clock_skew_minutes)
+    said = retry_quarantine(_last_quarantine(s), mapping, s.data_dir, datetime.now(timezone.utc), s.data.clock_skew_minutes)
     print(f"quarantine: {said['tried']} rows tried, {said['recovered']} recovered, {said['known']} known already")
     for reason, n in said["bad"].items(): print(f"  {n:>8}  {reason}")
 
