@@ -129,16 +129,21 @@ def read_sessions(path: str | Path) -> tuple[Sequences, np.ndarray]: # sessions 
 
 # %% ../../nbs/3_candidates/09_sequences.ipynb #b85981a6
 @njit(cache=True)
-def _chain(ptr, item, label):
-    "The session of each case: neighbours where the shorter prefix and its label begin the longer."
-    of = np.zeros(len(label), np.int64)
+def _steps(ptr, item, label):
+    "1 where a prefix is the one before it and its label, -1 where it is that in reverse, else 0: int64 [cases]."
+    step = np.zeros(len(label), np.int64)
     for c in range(1, len(label)):
-        n, m = ptr[c] - ptr[c - 1], ptr[c + 1] - ptr[c]
-        short, long = (c - 1, c) if n < m else (c, c - 1)
-        same, l = abs(n - m) == 1, min(n, m)
-        if same: same = item[ptr[long] + l] == label[short] and np.array_equal(item[ptr[short]:ptr[short] + l], item[ptr[long]:ptr[long] + l])
-        of[c] = of[c - 1] + (not same)
-    return of
+        d = (ptr[c + 1] - ptr[c]) - (ptr[c] - ptr[c - 1])
+        if abs(d) != 1: continue
+        short, long = (c - 1, c) if d > 0 else (c, c - 1)
+        l = ptr[short + 1] - ptr[short]
+        if item[ptr[long] + l] == label[short] and np.array_equal(item[ptr[short]:ptr[short] + l], item[ptr[long]:ptr[long] + l]): step[c] = d
+    return step
+
+def _chain(ptr: np.ndarray, item: np.ndarray, label: np.ndarray) -> np.ndarray:
+    "The session of each case, int64 [cases]: a step in the direction that most of the file goes continues one."
+    step = _steps(ptr, item, label)
+    return np.cumsum(step != (1 if step.sum() >= 0 else -1)) - 1
 
 def _code(raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
     "Codes of raw ids, -1 for unknown ones."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates', 'Index',
-           'Embeddings', 'Ranker', 'Evaluation', 'Drift', 'Serving', 'Run', 'Settings', 'find_settings',
+           'Embeddings', 'Ranker', 'Sessions', 'Evaluation', 'Drift', 'Serving', 'Run', 'Settings', 'find_settings',
            'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
@@ -103,6 +103,15 @@ class Ranker(Section):
     min_rows_in_leaf: Positive
     early_stopping_rounds: Positive
 
+class Sessions(Section):
+    blocks: Positive
+    block_share: Annotated[float, Meta(gt=0, le=0.25)]
+    training_cases: Positive
+    validation_cases: Positive
+    trials: Positive
+    budget: Annotated[int, Meta(ge=10, le=1000)]
+    negatives: Positive
+
 # %% ../../nbs/0_core/01_settings.ipynb #15e997b6
 class Evaluation(Section):
     test_days: Positive
@@ -147,6 +156,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     index: Index
     embeddings: Embeddings
     ranker: Ranker
+    sessions: Sessions
     evaluation: Evaluation
     drift: Drift
     serving: Serving

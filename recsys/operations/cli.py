@@ -259,6 +259,17 @@ def _bench_features(a):
           f"Look at {bench_page('features', s, [Path(a.out)])}")
     return 0
 
+def _bench_sessions(a):
+    from rich.console import Console
+    from recsys.core.settings import load_settings
+    from recsys.operations.bench_sessions import bench_sessions
+    with Console(stderr=True).status("measuring") as status:
+        said = bench_sessions(a.train, a.test, a.out, load_settings(), a.k, say=lambda note: status.update(f"measuring: {note}"))
+    hit, mrr = f"hit_rate@{a.k}", f"mrr@{a.k}"
+    print(f"{said['n_cases']:,} cases: {hit} {said[hit]:.4f}, {mrr} {said[mrr]:.4f}; best single source ({said['comparison']['source']}): {said['sources'][said['comparison']['source']][hit]:.4f}. "
+          f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {a.out}")
+    return 0
+
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
@@ -302,6 +313,9 @@ def parser() -> argparse.ArgumentParser:
     bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
     c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
     c.add_argument("--events", type=int, required=True); c.add_argument("--engine", choices=("polars", "spark"), default="polars")
+    c = of(bench, "sessions", _bench_sessions, "the next item of a session: candidates and ranker on any files, beside baselines")
+    c.add_argument("--train", required=True, metavar="FILE", help="Parquet (session, items) or tab-separated clicks (SessionId, ItemId, Time)")
+    c.add_argument("--test", required=True, metavar="FILE", help="Parquet (prefix, label) or clicks"); c.add_argument("--k", type=int, default=20, help="length of the lists")
     command("status", _status, "the last runs and what is being served")
     return p
 

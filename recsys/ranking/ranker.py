@@ -22,10 +22,10 @@ def parameters(leaves: int, learning_rate: float, min_rows_in_leaf: int, cutoff:
                 num_threads=threads, seed=seed, deterministic=True, force_row_wise=True, verbose=-1)
 
 # %% ../../nbs/4_ranking/02_ranker.ipynb #34d2278f
-def _dataset(lgb, *parts: Rows):
+def _dataset(lgb, names, *parts: Rows):
     "Rows of several moments as one LightGBM data set."
     return lgb.Dataset(np.concatenate([p.x for p in parts]), np.concatenate([p.bought for p in parts]),
-                       group=np.concatenate([p.size for p in parts]), feature_name=list(NAMES), free_raw_data=True)
+                       group=np.concatenate([p.size for p in parts]), feature_name=list(names), free_raw_data=True)
 
 def thinned(rows: Rows, negatives: int, seed: int) -> Rows:
     "The rows that `training_rows` would have kept with `negatives`: all bought ones, some others, no case without a bought one."
@@ -40,20 +40,21 @@ def thinned(rows: Rows, negatives: int, seed: int) -> Rows:
     return Rows(rows.x[at], rows.bought[at], np.array(size, np.int32), rows.ids[at], np.zeros(len(size), np.int32))
 
 # %% ../../nbs/4_ranking/02_ranker.ipynb #69226832
-def fit_ranker(training: list[Rows], validation: Rows, trees: int, early_stopping: int, negatives: int, on_tree=None, **how):
+def fit_ranker(training: list[Rows], validation: Rows, trees: int, early_stopping: int, negatives: int, on_tree=None,
+               names: tuple[str, ...] = NAMES, **how):
     """A LightGBM Booster and how its NDCG on validation grew, [(tree, value)].
 
     `training`: rows of moments before `validation`'s, which is given in full; `how`: arguments of `parameters`;
-    `on_tree(n)` is called after each tree (a progress bar)."""
+    `names`: of the columns; `on_tree(n)` is called after each tree (a progress bar)."""
     import lightgbm as lgb
     if not sum(r.bought.sum() for r in training) or not validation.bought.sum():
         raise RecsysError("no bought item among the candidates: nothing to learn from", "train", "check that the log has several weeks of repeat visits")
     history, params = {}, parameters(**how)
     tick = [lambda env: on_tree(env.iteration + 1)] if on_tree else []
-    booster = lgb.train(params, _dataset(lgb, *training), trees, valid_sets=[_dataset(lgb, validation)], valid_names=["validation"],
+    booster = lgb.train(params, _dataset(lgb, names, *training), trees, valid_sets=[_dataset(lgb, names, validation)], valid_names=["validation"],
                         callbacks=[lgb.early_stopping(early_stopping, verbose=False), lgb.record_evaluation(history), *tick])
     best, curve = booster.best_iteration or trees, history["validation"][f"ndcg@{how['cutoff']}"]
-    final = lgb.train(params, _dataset(lgb, *training, thinned(validation, negatives, how["seed"])), best, callbacks=tick)
+    final = lgb.train(params, _dataset(lgb, names, *training, thinned(validation, negatives, how["seed"])), best, callbacks=tick)
     return final, list(enumerate(map(float, curve), 1))
 
 # %% ../../nbs/4_ranking/02_ranker.ipynb #a3135ab7
