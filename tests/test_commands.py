@@ -64,6 +64,10 @@ def test_simulate_then_ingest_then_features(shop):
     assert again.returncode == 1 and again.stderr.startswith("recsys: ") and again.stderr.count("\n") == 1
     env = dict(RECSYS_DATA_DATASET="made-up/simulated.toml")
     ok(recsys(shop, "ingest", env=env))
+    done = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
+    page, shown = (done/"ingest.html").read_text(), pl.read_parquet(done/"impressions"/"*.parquet")
+    assert shown.height == shown["event_id"].n_unique() > 1000 and f"{shown.height:,}" in page and 0 < shown["click"].mean() < .5
+    assert all(text in page for text in ("outside the window", "without an impression", "known after the window", "by placement and position"))
     ok(recsys(shop, "features", "build", "--out", "table", "--days", "20", "--negatives", "2", env=env))
     rows, x = read_table(shop/"table")
     assert x.shape == (rows.height, len(LIVE)) and rows["label"].sum() > 30 and (x[:, LIVE_NAMES.index("item_views_30d")] > 0).any()

@@ -19,7 +19,7 @@ from recsys.data.flags import catch
 from recsys.data.identity import Forgotten, Stitcher, changes, conflicts, forget, person
 from recsys.data.importers import Source, Table
 from recsys.data.ingest import end_of_data, ingest, source_digest
-from recsys.data.outcomes import outcomes
+from recsys.data.outcomes import outcomes, rates, write_outcomes
 from recsys.data.quarantine import export_quarantine, retry_quarantine, settled
 from recsys.data.spill import DaySpill, Hashes, waiting
 
@@ -384,6 +384,43 @@ def test_outcomes_by_brute_force(rows, click, purchase):
             assert g[f"{kind}_complete"] == (closes <= end)
             whole.append(closes <= end)
         assert g["complete"] == all(whole)
+
+def shown_log(seed: int, n: int = 600) -> pl.DataFrame:
+    "Impressions and outcomes of some visitors, with and without requests, late and not, of robots and of people who do not consent."
+    rng = np.random.default_rng(seed)
+    row = lambda i: dict(event_id=f"e{i}", ts=(at := minute(int(rng.integers(3000)))), visitor_id=f"v{rng.integers(4)}", item_id=f"i{rng.integers(6)}",
+        event_type=str(rng.choice(["impression", "click", "purchase", "view"], p=[.5, .25, .15, .1])), received_ts=at + timedelta(minutes=int(rng.choice([0, 5, 300]))),
+        request_id=f"r{rng.integers(9)}" if rng.random() < .6 else None, placement=str(rng.choice(["home", "cart"])), position=int(rng.integers(1, 4)),
+        flag="bot" if rng.random() < .05 else None, consent=bool(rng.random() < .95), session_id="s")
+    return log([row(i) for i in range(n)])
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_table_of_an_ingest_is_that_of_its_events(tmp_path, monkeypatch, seed):
+    windows, df = dict(click=60, purchase=600), shown_log(seed)
+    said = take_in(monkeypatch, tmp_path/"out", df)
+    learnt = df.filter(pl.col("flag").is_null(), pl.col("consent"))
+    known = write_outcomes(tmp_path/"out", windows, shard=97)
+    table = pl.scan_parquet(tmp_path/"out"/"impressions"/"*.parquet")
+    want = outcomes(learnt.lazy(), windows, datetime.fromisoformat(said["moment"])).collect().sort("event_id")
+    assert table.collect().sort("event_id").equals(want) and len(list((tmp_path/"out"/"impressions").iterdir())) > 2
+    assert not [p for p in (tmp_path/"out").iterdir() if p.name.startswith(".")]
+    shown, gap = learnt.filter(pl.col("event_type") == "impression").to_dicts(), lambda a, b: (b["ts"] - a["ts"]).total_seconds() / 60
+    for f in known.to_dicts():
+        mine = lambda a, b: a["item_id"] == b["item_id"] and (a["request_id"] == b["request_id"] if b["request_id"] else a["visitor_id"] == b["visitor_id"])
+        each = [[gap(a, b) for a in shown if mine(a, b)] for b in learnt.filter(pl.col("event_type") == f["type"]).to_dicts()]
+        inside = [any(0 <= g <= windows[f["type"]] for g in gaps) for gaps in each]
+        assert (f["outcomes"], f["inside"], f["unseen"]) == (len(each), sum(inside), sum(not g for g in each)) and f["inside"] + f["outside"] + f["unseen"] == f["outcomes"]
+        late = want.filter(pl.col(f["type"]) == 1, pl.col(f"{f['type']}_known") > pl.col("ts") + timedelta(minutes=windows[f["type"]])).height
+        assert f["late"] == late > 0 or f["type"] == "purchase"
+    for r in rates(table, ["click"]).to_dicts():
+        some = want.filter(pl.col("placement") == r["placement"], pl.col("position") == r["position"])
+        done = some.filter("click_complete")
+        assert (r["impressions"], r["click_of"]) == (some.height, done.height) and r["click"] == pytest.approx(done["click"].mean())
+
+def test_without_requests_there_is_no_table(tmp_path, monkeypatch):
+    for k, df in enumerate((shown_log(0).with_columns(request_id=pl.lit(None, pl.String)), shown_log(0).filter(pl.col("event_type") != "impression"))):
+        take_in(monkeypatch, tmp_path/f"out{k}", df)
+        assert write_outcomes(tmp_path/f"out{k}", dict(click=60)) is None and not (tmp_path/f"out{k}"/"impressions").exists()
 
 # ---- money and checks
 
