@@ -11,7 +11,7 @@ from hypothesis import example, given, settings as hyp, strategies as st
 from msgspec.structs import replace
 
 from recsys.candidates.index import (MAGIC, NO_INDEX, FaissIndex, Measured, Rows, best_of, build_index, choose, interval, load_faiss, load_index, make_faiss,
-                                     measure, nearest, recall_of, save_faiss, two_samples)
+                                     measure, nearest, recall_of, save_faiss, search_near, two_samples)
 from recsys.candidates.index_milvus import FETCH, collection_name, fill_milvus, outdated
 from recsys.core.settings import RecsysError, load_settings
 
@@ -167,6 +167,15 @@ def test_recall_is_the_share_of_what_brute_force_finds(kind, seed, effort):
     assert np.allclose(measured.recall, expected) and measured.us > 0
     index.effort = 10**6
     assert recall_of(index.search(q, 10)[1], brute(dict(enumerate(v)), q, 10)).mean() >= (1 if kind == "ivf" else .95)
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_a_filter_that_leaves_a_tenth_costs_effort_not_recall(kind):
+    rng = np.random.default_rng(0)
+    v, q = rng.normal(size=(8000, D)).astype(np.float32), rng.normal(size=(100, D)).astype(np.float32)
+    index, allowed = faiss_index(kind, np.arange(8000), v, 1, 24), np.arange(0, 8000, 10)
+    everything, filtered = (recall_of(index.search(q, 20, a)[1], brute(dict(enumerate(v)), q, 20, a)).mean() for a in (None, allowed))
+    assert .6 < everything < 1 and filtered > everything - .1
+    assert recall_of(search_near(index.index, q, 20, allowed, 3)[0], brute(dict(enumerate(v)), q, 20, allowed)).mean() < filtered - .1, "the effort of the unfiltered search would not do"
 
 def test_equal_vectors_count_as_found_whichever_comes_out():
     v = np.repeat(vectors(10), 30, axis=0)

@@ -55,7 +55,7 @@ def searched_tables(vectors: dict[str, np.ndarray], eligible: np.ndarray, n_user
 def build_candidates(features: str | Path, out: str | Path, settings: Settings, on_step=None) -> list[dict]:
     """Candidate tables of all moments, one folder each under `out`, and candidates.json.
 
-    Returns a record per moment: name, known items, loss of the vectors, recall of the index, items with neighbours.
+    Returns a record per moment: name, known items, loss of the vectors, what was measured of their index, items with neighbours.
     `on_step(name)` is called after each moment."""
     features, out, e, said = Path(features), Path(out), settings.embeddings, []
     lines, n_users = pl.read_parquet(features/"lines.parquet"), pl.scan_parquet(features/"users.parquet").select(pl.len()).collect().item()
