@@ -68,7 +68,8 @@ def test_simulate_then_ingest_then_features(shop):
     page, shown = (done/"ingest.html").read_text(), pl.read_parquet(done/"impressions"/"*.parquet")
     assert shown.height == shown["event_id"].n_unique() > 1000 and f"{shown.height:,}" in page and 0 < shown["click"].mean() < .5
     assert all(text in page for text in ("outside the window", "without an impression", "known after the window", "by placement and position"))
-    ok(recsys(shop, "features", "build", "--out", "table", "--days", "20", "--negatives", "2", env=env))
+    out = ok(recsys(shop, "features", "build", "--out", "table", "--days", "20", "--negatives", "2", env=env))
+    assert f"leak guard: {len(LIVE)} features of " in out and "at 8 moments" in out, out
     rows, x = read_table(shop/"table")
     assert x.shape == (rows.height, len(LIVE)) and rows["label"].sum() > 30 and (x[:, LIVE_NAMES.index("item_views_30d")] > 0).any()
     assert not (shop/"table"/"sums").exists() and rows.select(pl.col("row").n_unique()).item() == rows.height

@@ -1,12 +1,19 @@
 "The leak guard: each planted leak is found, by what it saw, and nothing in what is honest."
-import numpy as np, polars as pl, pytest
+from datetime import datetime, timezone
+
+import narwhals as nw, numpy as np, polars as pl, pytest
 from hypothesis import given, settings, strategies as st
 
 import brute
 from brute import DAY, START, row_frame
-from recsys.core.settings import RecsysError
-from recsys.features.definitions import LIVE_NAMES
-from recsys.features.leaks import check_leaks, chosen, guard, live_features, recomputed, single_auc, tempted, tempting, too_good
+from recsys.candidates.pipeline import Polars, guard_table, offline_tables
+from recsys.core.settings import RecsysError, load_settings
+from recsys.data.ingest import ingest
+from recsys.data.simulator import simulate
+from recsys.features.build import check_live, live_table
+from recsys.features.definitions import LIVE_ITEM, LIVE_NAMES, LIVE_USER, PROGRAM
+from recsys.features.offline import with_marks
+from recsys.features.leaks import check_leaks, chosen, guard, live_features, proofs, recomputed, single_auc, tempted, tempting, too_good
 
 LOG = brute.random_log(3000, 0, days=30, late=.15, users=40, items=30)
 NEAR = LOG.filter(pl.col("ts") > START + 2 * DAY).sample(500, seed=1)
@@ -120,3 +127,45 @@ def test_small_inputs():
     assert guard(LOG, one, live_features(LOG, one), np.ones(1)) == []
     empty = LOG.head(0)
     assert guard(empty, one, live_features(empty, one)) == []
+
+# ---- where rows are made
+
+def test_proofs_are_the_guard_without_suspicions():
+    planted = FEATURES.with_columns(label=pl.Series(LABEL).cast(pl.Float32))
+    assert proofs(LOG, ROWS, planted, moments=4) == [] and [f.feature for f in guard(LOG, ROWS, planted, LABEL, moments=4)] == ["label"]
+    leaky = as_frame(LEAKS["the next hour"][0])
+    assert [f.feature for f in proofs(LOG, ROWS, leaky(LOG, ROWS), leaky, moments=4)] == ["x"] and proofs(LOG, ROWS.head(0), FEATURES.head(0)) == []
+
+def test_the_daily_job_looks_at_its_live_features():
+    marked, moments = with_marks(nw.from_native(LOG.lazy())).to_native(), [START + d * DAY for d in (5, 9, 14, 20)]
+    live = {e: live_table(marked, some, e, n, moments) for e, some, n in (("item", LIVE_ITEM, 30), ("user", LIVE_USER, 40))}
+    said = check_live(marked, live, moments)
+    assert said == dict(features=len(LIVE_ITEM) + len(LIVE_USER), rows=160, moments=4, events=said["events"]) and 0 < said["events"] <= LOG.height
+    late = live_table(marked, LIVE_ITEM, "item", 30, [t + 3600 for t in moments]) # an hour of the future
+    with pytest.raises(RecsysError, match="a feature knows the future: item_.*differs from what was known at the moment") as e: check_live(marked, live | dict(item=late), moments)
+    assert "\n" not in str(e.value)
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "Training rows of a simulated shop."
+    d = tmp_path_factory.mktemp("made-up")
+    simulate(d/"shop", 30_000)
+    account = ingest("simulated.toml", d/"in", None, datetime.now(timezone.utc), 30, 60, .05, d/"shop")
+    end = int(datetime.fromisoformat(account["moment"]).timestamp())
+    offline_tables(d/"in", d/"out", Polars(), load_settings(), end - 20 * DAY, end, 2)
+    return d/"out"
+
+def test_some_training_rows_are_looked_at(table, monkeypatch):
+    said = guard_table(table, Polars(), 2)
+    assert said["features"] == len(LIVE_NAMES) and said["moments"] == 8 and said["rows"] >= 8 and said["events"] > 100
+    monkeypatch.setattr("recsys.candidates.pipeline.GUARDED_EVENTS", 0)
+    assert guard_table(table, Polars(), 2)["rows"] == 0, "nothing that does not fit"
+
+def test_a_table_that_knows_the_future_is_refused(table):
+    file, = (table/"table").glob("*.parquet")
+    whole, j = pl.read_parquet(file), next(i for i, a in enumerate(PROGRAM.aggregates) if a.entity == "user" and a.op == "count")
+    whole.with_columns(pl.col(f"a{j}") + 1).write_parquet(file)
+    try:
+        with pytest.raises(RecsysError, match="a feature knows the future: user_.*differs from what was known") as e: guard_table(table, Polars(), 2)
+        assert "\n" not in str(e.value)
+    finally: whole.write_parquet(file)

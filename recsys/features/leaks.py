@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Compute', 'TEMPTATIONS', 'live_features', 'Finding', 'tempting', 'chosen', 'known_at', 'recomputed', 'invented',
-           'strangers', 'tempted', 'single_auc', 'too_good', 'guard', 'check_leaks']
+           'strangers', 'tempted', 'single_auc', 'too_good', 'guard', 'proofs', 'check_leaks']
 
 # %% ../../nbs/2_features/09_leaks.ipynb #64852221
 from collections.abc import Callable
@@ -155,6 +155,12 @@ def too_good(features: pl.DataFrame, label: np.ndarray | None, log: pl.DataFrame
     return found
 
 # %% ../../nbs/2_features/09_leaks.ipynb #7cadb0e6
+def _firsts(found: list[Finding], features: pl.DataFrame) -> list[Finding]:
+    "One finding for each feature, in their order."
+    first = {}
+    for f in found: first.setdefault(f.feature, f)
+    return [first[c] for c in dict.fromkeys([*features.columns, *first]) if c in first]
+
 def guard(log: pl.DataFrame,      # coded, columns LOG
           rows: pl.DataFrame,     # row, t (epoch s), user, item, category, session: int64
           features: pl.DataFrame, # named numbers, in the order of `rows`
@@ -169,13 +175,17 @@ def guard(log: pl.DataFrame,      # coded, columns LOG
     if not rows.height: return []
     groups = chosen(log, rows, moments, seed)
     found = tempted(compute, log, groups) + recomputed(features, compute, log, groups) + too_good(features, label, log, rows, horizon)
-    first = {}
-    for f in found: first.setdefault(f.feature, f)
-    return [first[c] for c in dict.fromkeys([*features.columns, *first]) if c in first]
+    return _firsts(found, features)
+
+def proofs(log: pl.DataFrame, rows: pl.DataFrame, features: pl.DataFrame, compute: Compute = live_features, moments: int = 12, seed: int = 0) -> list[Finding]:
+    "The first two questions of `guard` alone, whose answers are no suspicions; its arguments."
+    if not rows.height: return []
+    groups = chosen(log, rows, moments, seed)
+    return _firsts(tempted(compute, log, groups) + recomputed(features, compute, log, groups), features)
 
 # %% ../../nbs/2_features/09_leaks.ipynb #af7c9428
-def check_leaks(*args, **kwargs):
-    "`guard`, with its arguments; a `RecsysError` if it finds anything."
-    if found := guard(*args, **kwargs):
+def check_leaks(*args, find=guard, **kwargs):
+    "`guard`, or `proofs`, with its arguments; a `RecsysError` if it finds anything."
+    if found := find(*args, **kwargs):
         others = f" (and {len(found) - 1} more: {', '.join(f.feature for f in found[1:])})" if len(found) > 1 else ""
         raise RecsysError(f"a feature knows the future: {found[0]}{others}", "training rows", "compute it from events with known < t")

@@ -220,14 +220,18 @@ def _new(path: str):
 def _features_build(a):
     from datetime import datetime
     from rich.console import Console
-    from recsys.candidates.pipeline import engine_of, offline_tables
+    from recsys.candidates.pipeline import engine_of, guard_table, offline_tables
     from recsys.core.files import atomic_dir, read_json
     from recsys.core.settings import load_settings
     s, out = load_settings(), _new(a.out)
     until = int(datetime.fromisoformat(read_json(_ingested(s)/"ingest.json")["moment"]).timestamp())
     with Console(stderr=True).status("building") as status, atomic_dir(out) as tmp:
-        said = offline_tables(_ingested(s), tmp, engine_of(s), s, until - a.days * 86400, until, a.negatives, a.one_in, lambda name: status.update(f"building: {name}"))
-    print(f"{said['rows']:,} training rows with all live features from {said['events']:,} events, by {said['engine']}, in {a.out}")
+        engine = engine_of(s)
+        said = offline_tables(_ingested(s), tmp, engine, s, until - a.days * 86400, until, a.negatives, a.one_in, lambda name: status.update(f"building: {name}"))
+        status.update("building: leak guard")
+        g = guard_table(tmp, engine, a.negatives, s.run.seed)
+    print(f"{said['rows']:,} training rows with all live features from {said['events']:,} events, by {said['engine']}, in {a.out}\n"
+          f"leak guard: {g['features']} features of {g['rows']} sampled rows at {g['moments']} moments, again from what was known then: all the same")
     return 0
 
 def _features_feast(a):
