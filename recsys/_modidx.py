@@ -633,6 +633,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'recsys.data.importers._mapped': ('1_data/importers.html#_mapped', 'recsys/data/importers.py'),
                                        'recsys.data.importers._odd': ('1_data/importers.html#_odd', 'recsys/data/importers.py'),
                                        'recsys.data.importers._one': ('1_data/importers.html#_one', 'recsys/data/importers.py'),
+                                       'recsys.data.importers._own': ('1_data/importers.html#_own', 'recsys/data/importers.py'),
                                        'recsys.data.importers._part_batches': ( '1_data/importers.html#_part_batches',
                                                                                 'recsys/data/importers.py'),
                                        'recsys.data.importers._path': ('1_data/importers.html#_path', 'recsys/data/importers.py'),

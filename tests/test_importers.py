@@ -12,6 +12,7 @@ from recsys.core.settings import RecsysError
 from recsys.data.events import Item, conform, validate, validate_events
 from recsys.data.importers import Table, open_mapping, rows_of
 from recsys.data.kernels import Seen, csv_cells, json_depth, row_hashes, row_ids
+from recsys.data.outcomes import outcomes
 from recsys.data.presets import PRESETS, guess
 from recsys.data.streams import Limits
 
@@ -62,7 +63,7 @@ EXPECTED = dict(otto=("click", TS), hm=("purchase", TS.replace(hour=0)), online_
 @pytest.mark.parametrize("like", PRESETS)
 def test_presets(tmp_path, like):
     other = dict(ga4=dict(SHAPES["ga4"], event_name="scroll"), google_retail=dict(SHAPES["google_retail"], eventType="home-page-view"),
-        metarank=dict(event="ranking", id="x", timestamp=f"{T}000", user="c.1", session="s", items=[dict(id="i")]))
+        metarank=dict(event="user", id="x", timestamp=f"{T}000", user="c.1", fields=[dict(name="age", value=5)]))
     lines = [SHAPES[like]] + [o for name, o in other.items() if name == like]
     (tmp_path/"log.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
     df = events(tmp_path, f"[events]\npath = 'log.jsonl'\nformat = 'jsonl'\nlike = '{like}'\n")
@@ -205,6 +206,33 @@ def test_latest_by_brute_force(tmp_path_factory, rows, size):
             key=lambda e: (-e[1][1], -e[0])) if r[0] == id and r[k] is not None), None)
         want[id] = (newest(2), newest(3))
     assert got == want
+
+def test_unless_empties_a_column(tmp_path):
+    (tmp_path/"log.csv").write_text("event_type,ts,visitor_id,item_id,price\nview,2026-03-02,v,i,unknown\nview,2026-03-02,v,none,2\nview,2026-03-02,v,k,free\n")
+    df = events(tmp_path, "[events]\npath = 'log.csv'\nunless = {price = {price = 'unknown'}, item_id = [{item_id = 'none'}, {price = '> 9'}]}\n")
+    assert df["item_id"].to_list() == ["i", None, "k"] and df["price"].to_list() == [None, 2, None]
+    assert df["problem"].to_list() == [None, None, "price is not a number: 'free'"]
+    for keys, message in (("unless = {prise = {price = 'x'}}", "column 'prise' in [events] unless"), ("unless = {price = {nothing = 'x'}}", "no column 'nothing'"),
+            ("unless = {price = {price = '< much'}}", "is no condition")):
+        assert message in refused(tmp_path, "[events]\npath = 'log.csv'\n" + keys)
+
+def test_rankings_of_metarank_are_impressions(tmp_path):
+    "Both kinds of events come from one file; a ranking is an impression of each item, and an interaction names its ranking or none."
+    common = dict(user="u", session="s")
+    lines = [dict(event="item", id="m", timestamp=f"{T}000", item="a", fields=[dict(name="price", value=2.5)]),
+        dict(common, event="ranking", id="r1", timestamp=f"{T}000", items=[dict(id="a", relevancy=1.5), dict(id="b"), dict(id="c")]),
+        dict(common, event="interaction", id="i1", ranking="r1", timestamp=f"{T + 60}000", type="click", item="b"),
+        dict(common, event="interaction", id="i2", timestamp=f"{T + 90}000", type="purchase", item="c"),
+        dict(common, event="interaction", id="i3", ranking=None, timestamp=f"{T + 95}000", item="c"),
+        dict(common, event="ranking", id="r2", timestamp=f"{T + 200}000", items=[dict(id=["a"]), dict(id="c")])]
+    (tmp_path/"log.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
+    good, bad = validate_events(events(tmp_path, "[events]\npath = 'log.jsonl'\nlike = 'metarank'\n"), NOW, 60)
+    said = good.select("event_id", "event_type", "item_id", "request_id", "position").rows()
+    assert said == [("r1/a", "impression", "a", "r1", 1), ("r1/b", "impression", "b", "r1", 2), ("r1/c", "impression", "c", "r1", 3),
+        ("i1", "click", "b", "r1", None), ("i2", "purchase", "c", None, None), ("r2/c", "impression", "c", "r2", 2)]
+    assert bad["row"].to_list() == [5, 6] and "event_type is unknown" in bad["reason"][0] and "item_id is not text" in bad["reason"][1]
+    shown = outcomes(good.lazy(), dict(click=30, purchase=30)).collect().sort("event_id")
+    assert shown.select("click", "purchase").rows() == [(0, 0), (1, 0), (0, 1), (0, 0)]
 
 # ---- cells that polars makes text of
 

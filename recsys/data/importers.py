@@ -59,7 +59,7 @@ class _Columns:
     "What the columns of a frame can be asked for: `columns[spec]` is an expression and its type, or None."
     def __init__(self, schema: pl.Schema, name: str, explode: str | None = None):
         self.schema, self.name = dict(schema), name
-        if explode and isinstance(inner := self.schema.get(explode), pl.List): self.schema[explode] = inner.inner
+        if explode and isinstance(inner := self.schema.get(explode), pl.List): self.schema |= {explode: inner.inner, "_step": pl.Int64()}
 
     def names(self) -> list[str]:
         "All names that a mapping may use, those inside records with dots."
@@ -86,12 +86,17 @@ def _getitem(self: _Columns, spec: str) -> tuple[pl.Expr, pl.DataType] | None:
     parts = []
     for text, f in zip(re.split(r"\{[^{}]+\}", spec), [*fields, None]):
         parts.append(pl.lit(text))
-        x = (pl.lit(Path(self.name).name.split(".")[0]), pl.String()) if f == "file" and "file" not in self.schema else f and self.path(f)
+        x = self.own(f) if f in ("file", "step") and f not in self.schema else f and self.path(f)
         if f and x is None: return None
         if f: parts.append(as_text(*x)); parts[-1] = pl.when(parts[-1] != "").then(parts[-1])
     return pl.concat_str(parts), pl.String()
 
-_Columns.path, _Columns.__getitem__ = _path, _getitem
+def _own(self: _Columns, name: str) -> tuple[pl.Expr, pl.DataType] | None:
+    "What a template may ask for beside columns: the file's name, and the place in the exploded list, from 1."
+    if name == "file": return pl.lit(Path(self.name).name.split(".")[0]), pl.String()
+    return (pl.col("_step") + 1, pl.Int64()) if "_step" in self.schema else None
+
+_Columns.path, _Columns.own, _Columns.__getitem__ = _path, _own, _getitem
 
 # %% ../../nbs/1_data/07_importers.ipynb #53f90b25
 def _lists(t: MappedTable) -> dict[str, list[str]]:
@@ -184,13 +189,12 @@ def _unlike(ours: str, kind: str, raw: pl.Expr) -> pl.Expr:
     "A sentence about a raw cell that is not of its kind."
     return pl.format(f"{ours} is not {NOUNS[kind]}: '{{}}'", raw.cast(pl.String).str.slice(0, 40).str.replace_all(r"[\p{C}]", "?"))
 
-def _odd(spec: str, x: pl.Expr, kind: str, columns: _Columns) -> pl.Expr | None:
+def _odd(spec: str, kind: str, columns: _Columns) -> pl.Expr | None:
     "Which cells of a source are text only because cells of other lines are (None: none)."
     if columns.schema.get("_odd") != pl.List(pl.String) or kind == "json": return None
-    theirs = [spec] if (alone := columns.path(spec) is not None) else fields_of(spec)
-    named = pl.any_horizontal(False, *(pl.col("_odd").list.contains(c) for c in theirs)).fill_null(False)
-    if not alone: return named
-    return named & x.cast(pl.String).str.contains(r"^[\[{]" if kind == "text" else ODD).fill_null(False) # true and 5.5 are good texts
+    pattern, cells = r"^[\[{]" if kind == "text" else ODD, {c: columns.path(c) for c in ([spec] if columns.path(spec) else fields_of(spec))} # true and 5.5 are good texts
+    odd = (pl.col("_odd").list.contains(c) & found[0].str.contains(pattern) for c, found in cells.items() if found and found[1] == pl.String)
+    return pl.any_horizontal(False, *odd).fill_null(False)
 
 def _one(ours: str, spec: str, columns: _Columns, section: str, t: MappedTable, limits: Limits) -> tuple[pl.Expr, tuple | None]:
     "The value that one source gives; and whether there should be one, with a sentence if there is none (None: it cannot be bad)."
@@ -203,7 +207,7 @@ def _one(ours: str, spec: str, columns: _Columns, section: str, t: MappedTable, 
     value = converted(raw, dtype, kind, t)
     if raw_kind(dtype) == "text" and kind in ("id", "text", "json"):
         too_long = (x.cast(pl.String).str.len_bytes() > limits.cell).fill_null(False)
-        told, odd = pl.lit(f"{ours} is longer than {limits.cell} bytes"), _odd(spec, x, kind, columns)
+        told, odd = pl.lit(f"{ours} is longer than {limits.cell} bytes"), _odd(spec, kind, columns)
         if odd is None: return value, (too_long, told)
         return pl.when(~odd).then(value), (too_long | odd, pl.when(odd).then(_unlike(ours, kind, x)).otherwise(told))
     if kind in ("id", "text", "json") and not dtype.is_float(): return value, None
@@ -278,7 +282,9 @@ def _mapped(t: MappedTable, lf: pl.LazyFrame, section: str, name: str, strict: b
     "The table with its preset, the rows that it asks for, and their columns."
     schema = lf.collect_schema()
     static = with_preset(t, section, None)
-    if t.like: t = with_preset(t, section, [*_Columns(schema, name, static.explode).names(), *_property_names(static, t, section)])
+    if t.like:
+        there = _Columns(schema, name, static.explode)
+        t = with_preset(t, section, [*there.names(), *(["step"] if there.own("step") else []), *_property_names(static, t, section)])
     lf = _rows(_long(lf, t, section, name), t, name, strict)
     return t, lf, _Columns(lf.collect_schema(), name)
 
@@ -299,7 +305,9 @@ def map_frame(t: MappedTable, lf: pl.LazyFrame, section: str, name: str, strict:
     if t.flags: values["flag"] = _holding(t.flags, ", ", columns, strict).alias("flag")
     if t.remarks and section == "events": values["remarks"] = _holding(t.remarks, "\n", columns, strict).alias("remarks")
     if t.latest: values["_latest"] = _latest_time(t, columns, section, limits)
-    problems = {ours: p for ours, (_, p) in cells.items() if p is not None}
+    there = {ours: ~_rule(columns, r, strict) for ours, r in t.unless.items() if ours in values}
+    values |= {ours: pl.when(yes).then(values[ours]).alias(ours) for ours, yes in there.items()}
+    problems = {ours: (p[0] & there.get(ours, True), p[1]) for ours, (_, p) in cells.items() if p is not None}
     own = [pl.col("_problem")] if "_problem" in columns.schema else []
     df = lf.select("row", *values.values(), *own, *(stands.alias(f"_bad {ours}") for ours, (stands, _) in problems.items())).collect()
     wrong = {o: bad for o in problems if (bad := df[f"_bad {o}"] & df[o].is_null()).any()}

@@ -60,6 +60,7 @@ class MappedTable(Struct, forbid_unknown_fields=True):
     encoding: Encoding = "utf-8"
     explode: str | None = None # a column with a list, of which each element is a row
     where: Rules = field(default_factory=dict) # only these rows are read
+    unless: dict[str, Rules] = field(default_factory=dict) # a column of ours is empty where these hold
     properties: tuple[str, str] | None = None  # the columns of a long table that hold a property and its value
     latest: Source_ | None = None # a table with many rows of each key: the newest value of every column, by this time
     category_separator: str | None = None
@@ -88,7 +89,7 @@ def _check_mapping(raw: dict, file: str):
     for section, contract in CONTRACTS.items():
         if not isinstance(table := raw.get(section, {}), dict): raise RecsysError(f"{section} is not a section", file, f"write [{section}]")
         _known(table, MappedTable.__struct_fields__, f"key '{{}}' in [{section}]", file)
-        for part in ("columns", "constants"):
+        for part in ("columns", "constants", "unless"):
             named = table.get(part)
             if isinstance(named, dict): _known(named, list(contract.columns()), f"column '{{}}' in [{section}] {part}", file)
 
@@ -131,7 +132,7 @@ def _check_table(t: MappedTable, section: str, label: str):
     if t.like and section not in PRESETS[t.like]:
         raise RecsysError(f"preset '{t.like}' has no {section}", label, f"write the columns of [{section}] yourself")
     _check_zone(t.timezone, label)
-    for rules in (t.where, *t.flags.values(), *t.remarks.values(), *t.event_rules.values()):
+    for rules in (t.where, *t.unless.values(), *t.flags.values(), *t.remarks.values(), *t.event_rules.values()):
         for rule in listed(rules):
             for c in rule.values(): [_check_condition(x, label) for x in ([c] if isinstance(c, str) else [])]
 
@@ -173,8 +174,9 @@ def with_preset(t: MappedTable, section: str, columns: list[str] | None) -> Mapp
     if t.ts_format or t.ts_unit: new.pop("ts_unit", None), new.pop("ts_format", None)
     new["constants"] = {k: v for k, v in p.constants.items() if k not in t.columns} | t.constants
     new["columns"] = {k: v for k, v in ((k, _there(v, c)) for k, v in p.columns.items()) if v and k not in t.constants} | t.columns
-    for k in ("event_types", "flags", "remarks", "event_rules"): new[k] = getattr(p, k) | getattr(t, k)
-    for k in ("flags", "remarks", "event_rules"): new[k] = {n: left for n, r in new[k].items() if (left := _rules_there(r, c)) or n in getattr(t, k)}
+    for k in ("event_types", "unless", "flags", "remarks", "event_rules"): new[k] = getattr(p, k) | getattr(t, k)
+    for k in ("unless", "flags", "remarks", "event_rules"): new[k] = {n: left for n, r in new[k].items() if (left := _rules_there(r, c)) or n in getattr(t, k)}
+    if new.get("explode") and new["explode"] not in c and "item_id" in new["columns"]: new["explode"] = None # there is an item without a list
     if "where" in new and p.where: new["where"] = _rules_there(p.where, c) or p.where
     if "latest" in new and p.latest: new["latest"] = _there(p.latest, c) or p.latest
     return msgspec.structs.replace(t, **new)
