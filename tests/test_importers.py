@@ -234,6 +234,39 @@ def test_rankings_of_metarank_are_impressions(tmp_path):
     shown = outcomes(good.lazy(), dict(click=30, purchase=30)).collect().sort("event_id")
     assert shown.select("click", "purchase").rows() == [(0, 0), (1, 0), (0, 1), (0, 0)]
 
+def ga4(**more) -> dict:
+    "A row as BigQuery exports it: whole numbers are text, parameters a list."
+    params = dict(ga_session_id=dict(int_value="77"), currency=dict(string_value="EUR"), page_title=dict(string_value="Tea")) | more.pop("params", {})
+    return SHAPES["ga4"] | dict(event_timestamp=f"{T}000000", event_params=[dict(key=k, value=v) for k, v in params.items()]) | more
+
+def test_parameters_of_ga4(tmp_path):
+    "Session and currency lie in a list of keys and values; other keys are reached in the same way."
+    lines = [ga4(), ga4(params=dict(currency=dict(string_value="(not set)"), ga_session_id=dict(double_value=1.5))), ga4(event_params=[]),
+        ga4(params=dict(depth=dict(double_value=.5)))]
+    (tmp_path/"log.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
+    pl.read_ndjson(tmp_path/"log.jsonl").write_parquet(tmp_path/"log.parquet")
+    for name in ("log.jsonl", "log.parquet"):
+        df = events(tmp_path, f"[events]\npath = '{name}'\nlike = 'ga4'\ncolumns = {{variant = 'event_params.page_title.string_value'}}\n")
+        assert df["session_id"].to_list() == ["c.1/77", None, None, "c.1/77"] and df["currency"].to_list() == ["EUR", None, None, "EUR"]
+        assert df["variant"].to_list() == ["Tea", "Tea", None, "Tea"] and df["problem"].null_count() == 4 and df["ts"].to_list() == [TS] * 4
+    line = refused(tmp_path, "[events]\npath = 'log.jsonl'\nlike = 'ga4'\ncolumns = {variant = 'event_params.page_title.no_value'}\n")
+    assert "event_params.*.string_value" in line
+
+def test_a_parameter_that_is_no_text_is_no_id(tmp_path):
+    lines = [ga4(), ga4(params=dict(ga_session_id=dict(int_value=["x"]))), ga4(params=dict(ga_session_id=dict(int_value=78)))]
+    (tmp_path/"log.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
+    good, bad = validate_events(events(tmp_path, "[events]\npath = 'log.jsonl'\nlike = 'ga4'\n"), NOW, 60)
+    assert good["session_id"].to_list() == ["c.1/77", "c.1/78"] and bad["row"].to_list() == [2]
+
+def test_not_set_is_nothing(tmp_path):
+    no, item = "(not set)", SHAPES["ga4"]["items"][0]
+    lines = [ga4(user_id=no, ecommerce=dict(transaction_id=no), items=[dict(item, item_list_name=no)]), ga4(ecommerce=dict(transaction_id="o1")),
+        ga4(items=[dict(item, item_id=no), dict(item, item_id="(other)"), dict(item, item_id="j")])]
+    (tmp_path/"log.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
+    good, bad = validate_events(events(tmp_path, "[events]\npath = 'log.jsonl'\nlike = 'ga4'\n"), NOW, 60)
+    assert good.select("item_id", "order_id", "user_id", "placement").rows() == [("i", None, None, None), ("i", "o1", None, "home"), ("j", None, None, "home")]
+    assert bad["row"].to_list() == [3, 3] and all("item_id" in r for r in bad["reason"])
+
 # ---- cells that polars makes text of
 
 PLACES = dict(

@@ -55,6 +55,11 @@ def table_parts(t: MappedTable, section: str, folder: Path, limits: Limits = Lim
 # %% ../../nbs/1_data/07_importers.ipynb #769ef7cc
 _NEEDS = dict(events=("event_type", "ts", "visitor_id"), items=("item_id",), users=("user_id",))
 
+def _keyed(dtype: pl.DataType) -> pl.DataType | None:
+    "The type of the values in a list of records with a key and a value; None if it is none."
+    fields = {f.name: f.dtype for f in dtype.inner.fields} if isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.Struct) else {}
+    return fields["value"] if {*fields} == {"key", "value"} and fields["key"] == pl.String else None
+
 class _Columns:
     "What the columns of a frame can be asked for: `columns[spec]` is an expression and its type, or None."
     def __init__(self, schema: pl.Schema, name: str, explode: str | None = None):
@@ -62,22 +67,33 @@ class _Columns:
         if explode and isinstance(inner := self.schema.get(explode), pl.List): self.schema |= {explode: inner.inner, "_step": pl.Int64()}
 
     def names(self) -> list[str]:
-        "All names that a mapping may use, those inside records with dots."
+        "All names that a mapping may use, those inside records with dots; * is for the keys of a list of keys and values."
         def inside(n, dtype):
+            if inner := _keyed(dtype): return [n, *inside(f"{n}.*", inner)]
             return [n, *(x for f in (dtype.fields if dtype == pl.Struct else []) for x in inside(f"{n}.{f.name}", f.dtype))]
         return [x for c, t in self.schema.items() if c not in ("row", "_problem", "_line", "_odd", "_step") for x in inside(c, t)]
 
 # %% ../../nbs/1_data/07_importers.ipynb #1f5df326
-def _path(self: _Columns, spec: str) -> tuple[pl.Expr, pl.DataType] | None:
-    "The column of this name, or what dots lead to."
+def _step_in(x: pl.Expr, dtype: pl.DataType, name: str) -> tuple[pl.Expr, pl.DataType, str] | None:
+    "The field of a record, or the value of a key in a list of keys and values; and what `_odd` calls it."
+    if inner := _keyed(dtype):
+        return x.list.eval(pl.element().filter(pl.element().struct.field("key") == name).struct.field("value")).list.first(), inner, "value"
+    field = {f.name: f.dtype for f in dtype.fields}.get(name) if dtype == pl.Struct else None
+    return field and (x.struct.field(name), field, name)
+
+def _walk(self: _Columns, spec: str) -> tuple[pl.Expr, pl.DataType, str] | None:
+    "The column of this name, or what dots lead to; and what `_odd` calls it."
     name, *rest = [spec] if spec in self.schema else spec.split(".")
     if (dtype := self.schema.get(name)) is None: return None
-    x = pl.col(name)
+    x, way = pl.col(name), name
     for n in rest:
-        dtype = dict((f.name, f.dtype) for f in dtype.fields).get(n) if dtype == pl.Struct else None
-        if dtype is None: return None
-        x = x.struct.field(n)
-    return x, dtype
+        if (found := _step_in(x, dtype, n)) is None: return None
+        x, dtype, way = *found[:2], f"{way}.{found[2]}"
+    return x, dtype, way
+
+def _path(self: _Columns, spec: str) -> tuple[pl.Expr, pl.DataType] | None:
+    "The column of this name, or what dots lead to."
+    return (found := self.walk(spec)) and found[:2]
 
 def _getitem(self: _Columns, spec: str) -> tuple[pl.Expr, pl.DataType] | None:
     "A column, a path or a template, with its type."
@@ -96,7 +112,7 @@ def _own(self: _Columns, name: str) -> tuple[pl.Expr, pl.DataType] | None:
     if name == "file": return pl.lit(Path(self.name).name.split(".")[0]), pl.String()
     return (pl.col("_step") + 1, pl.Int64()) if "_step" in self.schema else None
 
-_Columns.path, _Columns.own, _Columns.__getitem__ = _path, _own, _getitem
+_Columns.walk, _Columns.path, _Columns.own, _Columns.__getitem__ = _walk, _path, _own, _getitem
 
 # %% ../../nbs/1_data/07_importers.ipynb #53f90b25
 def _lists(t: MappedTable) -> dict[str, list[str]]:
@@ -192,8 +208,8 @@ def _unlike(ours: str, kind: str, raw: pl.Expr) -> pl.Expr:
 def _odd(spec: str, kind: str, columns: _Columns) -> pl.Expr | None:
     "Which cells of a source are text only because cells of other lines are (None: none)."
     if columns.schema.get("_odd") != pl.List(pl.String) or kind == "json": return None
-    pattern, cells = r"^[\[{]" if kind == "text" else ODD, {c: columns.path(c) for c in ([spec] if columns.path(spec) else fields_of(spec))} # true and 5.5 are good texts
-    odd = (pl.col("_odd").list.contains(c) & found[0].str.contains(pattern) for c, found in cells.items() if found and found[1] == pl.String)
+    pattern, cells = r"^[\[{]" if kind == "text" else ODD, [columns.walk(c) for c in ([spec] if columns.path(spec) else fields_of(spec))] # true and 5.5 are good texts
+    odd = (pl.col("_odd").list.contains(c[2]) & c[0].str.contains(pattern) for c in cells if c and c[1] == pl.String)
     return pl.any_horizontal(False, *odd).fill_null(False)
 
 def _one(ours: str, spec: str, columns: _Columns, section: str, t: MappedTable, limits: Limits) -> tuple[pl.Expr, tuple | None]:

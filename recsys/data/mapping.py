@@ -8,6 +8,7 @@ __all__ = ['Rule', 'Rules', 'Encoding', 'Source_', 'CONTRACTS', 'OPERATORS', 'Cl
 
 # %% ../../nbs/1_data/05_mapping.ipynb #d2797beb
 import re, tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Union
 from zoneinfo import ZoneInfo
@@ -154,14 +155,18 @@ def fields_of(spec: str) -> list[str]:
     "The columns that a template names in braces."
     return re.findall(r"\{([^{}]+)\}", spec)
 
+def _has(columns: set[str], name: str) -> bool:
+    "Whether there is a column, or a list of keys and values where * stands for the key."
+    return name in columns or any("*" in c and fnmatchcase(name, c) for c in columns)
+
 def _there(spec: Source_, columns: set[str], every: bool = False) -> Source_ | None:
     "`spec` as far as its columns exist; None if nothing is left of it."
     if isinstance(spec, list): return [s for s in spec if _there(s, columns)] or None
-    return spec if spec in columns or (f := fields_of(spec)) and {*f} <= columns | {"file", "row"} else None
+    return spec if _has(columns, spec) or (f := fields_of(spec)) and all(_has(columns | {"file", "row"}, x) for x in f) else None
 
 def _rules_there(rules: Rules, columns: set[str]) -> list[Rule]:
     "The rules whose columns exist."
-    return [r for r in listed(rules) if {*r} <= columns]
+    return [r for r in listed(rules) if all(_has(columns, c) for c in r)]
 
 # %% ../../nbs/1_data/05_mapping.ipynb #b6cb443e
 _DEFAULT = MappedTable("")

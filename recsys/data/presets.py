@@ -9,12 +9,17 @@ __all__ = ['PRODUCT', 'PRESETS', 'guess']
 PRODUCT = r"^\d{5}[A-Za-z]*$" # how the shop of UCI Online Retail writes the codes of things that it sells
 
 # %% ../../nbs/1_data/04_presets.ipynb #8391c133
+_NOT_SET = ["(not set)", "(other)", "(data not available)", "(not provided)"] # how Google Analytics writes that there is nothing
+_GA4 = dict(user_id="user_id", item_id="items.item_id", placement="items.item_list_name", order_id="ecommerce.transaction_id",
+    currency="event_params.currency.string_value")
+
 PRESETS = dict(
     ga4=dict(events=dict(explode="items", ts_unit="us",
         where={"event_name": ["view_item_list", "view_item", "select_item", "add_to_cart", "remove_from_cart", "add_to_wishlist",
             "purchase", "refund"]},
-        columns=dict(ts="event_timestamp", event_type="event_name", visitor_id="user_pseudo_id", user_id="user_id", item_id="items.item_id",
-            price="items.price", quantity="items.quantity", placement="items.item_list_name", order_id="ecommerce.transaction_id"),
+        columns=_GA4 | dict(ts="event_timestamp", event_type="event_name", visitor_id="user_pseudo_id", price="items.price",
+            quantity="items.quantity", session_id="{user_pseudo_id}/{event_params.ga_session_id.int_value}"),
+        unless={ours: {theirs: _NOT_SET} for ours, theirs in _GA4.items()},
         event_types=dict(view_item_list="impression", view_item="view", select_item="click", add_to_wishlist="wishlist",
             refund="return"))),
     google_retail=dict(events=dict(explode="productDetails",
