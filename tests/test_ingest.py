@@ -15,7 +15,7 @@ from recsys.core.files import write_json
 from recsys.core.settings import RecsysError, load_settings
 from recsys.data.checks import Limits, stop_at_fails, validate_data
 from recsys.data.events import Event, conform, exchange_rates, in_currency, in_order, read_events, sessionize, validate_events, write_events
-from recsys.data.flags import catch
+from recsys.data.flags import Flagger, catch
 from recsys.data.identity import Forgotten, Stitcher, changes, conflicts, forget, person
 from recsys.data.importers import Source, Table
 from recsys.data.ingest import end_of_data, ingest, source_digest
@@ -250,6 +250,11 @@ def test_old_links_are_remembered_and_a_lost_key_is_noticed(tmp_path):
     assert Forgotten(tmp_path).among(pl.Series(["c1", "c2", "ann", None])) == ["ann", "c1"]
     (tmp_path/"forgotten.key").unlink()
     with pytest.raises(RecsysError, match="the key of the forgotten is gone"): Forgotten(tmp_path)
+
+@pytest.mark.parametrize("order, test", [("TEST-1", True), ("test", True), ("Test7", True), ("test_1", True), ("TEST 1", True),
+    ("TESTAROSSA-1", False), ("testé", False), ("attest-1", False), ("", False), (None, False)])
+def test_a_test_order_begins_with_the_word(order, test):
+    assert Flagger(100, 2000).fill(log([dict(order_id=order, event_type="purchase")]))["flag"].to_list() == ["test order" if test else None]
 
 # ---- quarantine and back
 

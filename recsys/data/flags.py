@@ -57,7 +57,7 @@ def catch(day: pl.DataFrame,    # events of one day, in order
     return first.select("visitor_id", since="ts", rule="rule")
 
 # %% ../../nbs/1_data/10_flags.ipynb #d3d704e6
-def _test_order() -> pl.Expr: return (pl.col("order_id").str.slice(0, 4).str.to_uppercase() == "TEST").fill_null(False)
+def _test_order() -> pl.Expr: return pl.col("order_id").str.contains(r"(?i)^test(\P{L}|$)").fill_null(False)
 
 def _and(reason: str, where: pl.Expr | pl.Series) -> pl.Expr:
     "`flag` with `reason` added `where` it is not there yet."
