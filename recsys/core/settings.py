@@ -18,13 +18,14 @@ from msgspec import Meta, Struct
 
 # %% ../../nbs/0_core/01_settings.ipynb #b6bff54b
 class RecsysError(Exception):
-    "A foreseen failure: one line that says what, where and what to do."
+    "A foreseen failure: one line that says what, where and what to do. What names from outside bring along, an escape or a line end, is left out."
     def __init__(self,
                  what: str,      # what went wrong
                  where: str = "", # file, row, key or address
                  todo: str = ""): # what the reader can do about it
         self.what, self.where, self.todo = what, str(where), todo
-        super().__init__(": ".join(p for p in (self.where, what) if p) + (f" — {todo}" if todo else ""))
+        line = ": ".join(p for p in (self.where, what) if p) + (f" — {todo}" if todo else "")
+        super().__init__("".join(c if c.isprintable() else " " for c in line))
 
 # %% ../../nbs/0_core/01_settings.ipynb #8911ddcd
 Positive = Annotated[int, Meta(ge=1)]

@@ -80,8 +80,7 @@ class _Metered(io.RawIOBase):
 # %% ../../nbs/1_data/03_streams.ipynb #163477aa
 def zip_members(path: Path, pattern: str, name: str, limits: Limits = Limits()) -> list[zipfile.ZipInfo]:
     "The members of a zip file that a pattern means, sorted by name."
-    with readable("zip", name), zipfile.ZipFile(path) as z: infos = [i for i in z.infolist() if not i.filename.endswith("/")]
-    if not all(i.filename and i.filename.isprintable() for i in infos): raise RecsysError("a file without a name that can be shown", name, "pack it again")
+    with readable("zip", name), zipfile.ZipFile(path) as z: infos = [i for i in z.infolist() if i.filename and not i.filename.endswith("/")]
     if len(infos) > limits.members: raise RecsysError(f"{len(infos)} files in one zip file", name, f"at most {limits.members} are read")
     whole = [i for i in infos if pattern == "*" and i.filename.lower().endswith(_TEXTS)]
     found = whole or [i for i in infos if pattern != "*" and fnmatchcase(i.filename, pattern)]
