@@ -93,7 +93,7 @@ def make_faiss(kind: str, vectors: np.ndarray, seed: int, threads: int):
     (n, d), metric = vectors.shape, faiss.METRIC_INNER_PRODUCT
     if kind == "exact": index = faiss.IndexFlatIP(d)
     elif kind == "hnsw":
-        index, threads = faiss.IndexHNSWFlat(d, LINKS, metric), 1
+        index = faiss.IndexHNSWFlat(d, LINKS, metric)
         index.hnsw.efConstruction = BUILD_EFFORT
     else:  # k-means wants 39 vectors for each cell
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, max(1, min(round(4 * math.sqrt(n)), n // 39)), metric)
