@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates', 'Index',
-           'Embeddings', 'Ranker', 'Sessions', 'Evaluation', 'Drift', 'Serving', 'Run', 'Settings', 'find_settings',
-           'load_settings', 'as_dict']
+           'Embeddings', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Serving', 'Run', 'Settings',
+           'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -113,6 +113,22 @@ class Sessions(Section):
     budget: Annotated[int, Meta(ge=10, le=1000)]
     negatives: Positive
 
+# %% ../../nbs/0_core/01_settings.ipynb #28d323a6
+class Sequence(Section):
+    dimensions: Annotated[int, Meta(ge=8, le=1024, multiple_of=8)]
+    layers: Annotated[int, Meta(ge=1, le=12)]
+    heads: Positive
+    length: Annotated[int, Meta(ge=2, le=1000)]
+    dropout: Annotated[float, Meta(ge=0, lt=1)]
+    smoothing: Share
+    epochs: Positive
+    batch_targets: Positive
+    learning_rate: Above0
+    negatives: Annotated[int, Meta(ge=0)]
+    strategy: str
+    devices: Positive
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+
 # %% ../../nbs/0_core/01_settings.ipynb #15e997b6
 class Evaluation(Section):
     test_days: Positive
@@ -158,6 +174,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     embeddings: Embeddings
     ranker: Ranker
     sessions: Sessions
+    sequence: Sequence
     evaluation: Evaluation
     drift: Drift
     serving: Serving
@@ -216,6 +233,8 @@ def _check(s: Settings):
     "Rules between keys."
     if list(s.features.windows_days) != sorted(set(s.features.windows_days)):
         raise RecsysError("[features] windows_days must grow", s.file, "write the shortest window first, each once")
+    if s.sequence.dimensions % s.sequence.heads: raise RecsysError("[sequence] heads must divide dimensions", s.file, "e.g. dimensions = 64, heads = 2")
+    if s.sequence.batch_targets < s.sequence.length: raise RecsysError("[sequence] batch_targets is smaller than length", s.file, "a batch holds whole windows: raise it")
     if s.candidates.budget < max(s.evaluation.cutoffs):
         raise RecsysError("[candidates] budget is smaller than the longest list of [evaluation] cutoffs", s.file, "raise the budget")
     if s.index.backend == "milvus" and not re.match(r"https?://.|[^:]+\.db\Z", s.index.uri):

@@ -274,6 +274,17 @@ def _bench_sessions(a):
           f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {a.out}")
     return 0
 
+def _bench_sequences(a):
+    from rich.console import Console
+    from recsys.core.settings import load_settings
+    from recsys.operations.bench_sequences import bench_sequences
+    with Console(stderr=True).status("measuring") as status:
+        said = bench_sequences(a.sequences, a.out, a.attributes, load_settings(), a.k, say=lambda note: status.update(f"measuring: {note}"))
+    best, hit, ndcg = said["sources"][said["comparison"]["source"]], f"hit_rate@{a.k}", f"ndcg@{a.k}"
+    print(f"{said['n_cases']:,} cases: {hit} {said[hit]:.4f}, {ndcg} {said[ndcg]:.4f}; best single source ({said['comparison']['source']}): {best[hit]:.4f}, {best[ndcg]:.4f}. "
+          f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {a.out}")
+    return 0
+
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
@@ -320,6 +331,9 @@ def parser() -> argparse.ArgumentParser:
     c = of(bench, "sessions", _bench_sessions, "the next item of a session: candidates and ranker on any files, beside baselines")
     c.add_argument("--train", required=True, metavar="FILE", help="Parquet (session, items) or tab-separated clicks (SessionId, ItemId, Time)")
     c.add_argument("--test", required=True, metavar="FILE", help="Parquet (prefix, label) or clicks"); c.add_argument("--k", type=int, default=20, help="length of the lists")
+    c = of(bench, "sequences", _bench_sequences, "the last item of a history: candidates, attention model and ranker on any file, beside baselines")
+    c.add_argument("--sequences", required=True, metavar="FILE", help="Parquet (user, items)"); c.add_argument("--attributes", metavar="FILE", help="Parquet (item, attributes)")
+    c.add_argument("--k", type=int, default=10, help="length of the lists")
     command("status", _status, "the last runs and what is being served")
     return p
 
