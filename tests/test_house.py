@@ -115,6 +115,7 @@ def test_a_wing_imports_only_itself_and_earlier_wings(path):
 
 # what each may import at its top; build only imports fit
 TRAINING_ROOMS = {"recsys/candidates/vectors.py": {"torch"}, "recsys/candidates/fit.py": {"torch", "pytorch_lightning"},
+                  "recsys/candidates/attention.py": {"torch"}, "recsys/candidates/attention_fit.py": {"torch", "pytorch_lightning"},
                   "recsys/candidates/build.py": set()}
 HEAVY = set("""torch pytorch_lightning lightning torchmetrics shap lightgbm altair implicit faiss jupyter jupyterlab jupyter_server nbconvert papermill
     IPython ipykernel pandas sklearn matplotlib vl_convert feast dask redis pyspark pymilvus milvus_lite""".split())
