@@ -1267,6 +1267,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'recsys/features/definitions.py'),
                                              'recsys.features.definitions._per': ( '2_features/definitions.html#_per',
                                                                                    'recsys/features/definitions.py'),
+                                             'recsys.features.definitions._priced': ( '2_features/definitions.html#_priced',
+                                                                                      'recsys/features/definitions.py'),
                                              'recsys.features.definitions.documented': ( '2_features/definitions.html#documented',
                                                                                          'recsys/features/definitions.py'),
                                              'recsys.features.definitions.live': ( '2_features/definitions.html#live',

@@ -75,7 +75,7 @@ delays = st.one_of(st.sampled_from([0, 0, 0, 1, 5, 3599, 3600, DAY, 8 * DAY, 31 
 @st.composite
 def logs(draw, size: int = 30):
     "A small log: few keys, ties in ts and known, late by seconds or weeks; an item has one category."
-    fields = st.tuples(st.integers(0, 5), moments, delays, st.integers(0, 2), st.integers(0, 3), st.integers(0, 3), st.integers(0, 9999))
+    fields = st.tuples(st.integers(0, len(TYPES) - 1), moments, delays, st.integers(0, 2), st.integers(0, 3), st.integers(0, 3), st.integers(0, 9999))
     events = draw(st.lists(fields, max_size=size))
     names = draw(st.permutations(range(len(events))))
     return log_frame([(f"e{names[i]:02}", k, START + m, START + m + d, u, item, item % 2, s, c) for i, (k, m, d, u, item, s, c) in enumerate(events)])
@@ -93,7 +93,7 @@ def random_log(n: int, seed: int, days: int = 50, late: float = .2, lateness: in
     "A larger log in numpy."
     rng = np.random.default_rng(seed)
     ts, item = START + rng.integers(0, days * DAY, n), rng.integers(0, items, n)
-    return pl.DataFrame(dict(event_id=[f"e{i:07}" for i in rng.permutation(n)], kind=rng.integers(0, 6, n), ts=ts, known=ts + np.where(rng.random(n) < late, rng.integers(0, lateness, n), rng.integers(0, 3, n)),
+    return pl.DataFrame(dict(event_id=[f"e{i:07}" for i in rng.permutation(n)], kind=rng.integers(0, len(TYPES), n), ts=ts, known=ts + np.where(rng.random(n) < late, rng.integers(0, lateness, n), rng.integers(0, 3, n)),
                              user=rng.integers(0, users, n), item=item, category=item % 7, session=rng.integers(0, sessions, n), cents=rng.integers(0, 9999, n)))
 
 def random_rows(n: int, seed: int, days: int = 60, users: int = 20, items: int = 30, sessions: int = 200) -> pl.DataFrame:

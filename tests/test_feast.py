@@ -11,7 +11,7 @@ from recsys.core.settings import RecsysError
 from recsys.features import feast_repo
 from recsys.features.definitions import LIVE, PROGRAM
 from recsys.features.feast_repo import apply, definitions_source, feast_repository, history, in_numpy, quiet_feast, write_repository
-from recsys.features.formulas import DAY, ENTITIES, amount, compiled, count, days_since, finish, interval, mean, rate, ratio, total, trend
+from recsys.features.formulas import DAY, ENTITIES, TYPES, amount, compiled, count, days_since, finish, interval, mean, rate, ratio, total, trend
 from recsys.features.offline import with_marks
 from recsys.features.store import ACROSS, OfflineStore, OnlineStore, entity_features, materialize
 
@@ -25,7 +25,7 @@ needs_redis = pytest.mark.skipif(REDIS is None, reason="redis-server is missing:
 def make_log(n: int = 400) -> nw.LazyFrame:
     rng = np.random.default_rng(3)
     ts, user, item = START + rng.integers(0, 13 * DAY, n), rng.integers(0, USERS - 2, n), rng.integers(0, ITEMS - 1, n)
-    log = pl.DataFrame(dict(event_id=np.arange(n), kind=rng.integers(0, 6, n), ts=ts, known=ts + np.where(rng.random(n) < .3, rng.integers(0, DAY, n), 0), user=user,
+    log = pl.DataFrame(dict(event_id=np.arange(n), kind=rng.integers(0, len(TYPES), n), ts=ts, known=ts + np.where(rng.random(n) < .3, rng.integers(0, DAY, n), 0), user=user,
                             item=item, category=OF_ITEM[item], session=user * 20 + (ts - START) // DAY, cents=rng.integers(1, 9999, n)))
     return with_marks(nw.from_native(log.lazy())).collect().lazy()
 

@@ -1,5 +1,5 @@
 "The past and nothing but the past: the snapshot against plain loops over the events that were known at the moment."
-import math
+import hashlib, math
 from datetime import datetime, timedelta, timezone
 from statistics import mean, median
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, example, given, settings, strategies
 from recsys.candidates.blend import load_state
 from recsys.core.settings import RecsysError
 from recsys.data.events import conform, read_events, write_events
-from recsys.features.definitions import CART, FEATURES, HISTORY, ITEM, NAMES, NIGHTLY_ITEM, NIGHTLY_USER, OFFSET, USER
+from recsys.features.definitions import CART, FEATURES, HISTORY, ITEM, LIVE, LIVE_ITEM, LIVE_USER, NAMES, NIGHTLY_ITEM, NIGHTLY_USER, OFFSET, RANKED_ITEM, RANKED_USER, USER
 from recsys.features.offline import in_base
 from recsys.features.point_in_time import DAY, PAIR, category_codes, encode, load_arrays, promotions_at, save_arrays, snapshot
 from recsys.ranking.rows import Cases, training_rows
@@ -306,6 +306,11 @@ def test_training_rows_hold_the_oracle_s_values(tmp_path_factory, log, day, cart
 
 def test_columns_are_in_the_order_of_their_groups():
     assert len(set(NAMES)) == len(NAMES) and [f.group for f in FEATURES] == sorted((f.group for f in FEATURES), key=list(OFFSET).index)
+
+def test_the_registry_grows_without_the_rankers_columns():
+    "A bundle is refused when they change, and every figure was measured with them: whoever moves one trains and measures again."
+    assert len(LIVE) > len(RANKED_ITEM) + len(RANKED_USER) and {*RANKED_ITEM, *RANKED_USER} <= {*LIVE_ITEM, *LIVE_USER} <= {*LIVE}
+    assert hashlib.sha256("\n".join(NAMES).encode()).hexdigest()[:16] == "23bbc26b279be99c"
 
 # ---- arrays on disk
 

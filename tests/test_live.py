@@ -55,7 +55,7 @@ def test_small_logs_in_order_and_in_disorder(data):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_larger_logs_late_by_weeks_in_disorder(seed):
-    log, rows = brute.random_log(4000, seed, late=.3, lateness=[0, 2 * DAY, 29 * DAY, 60 * DAY][seed] + 1, users=8, items=12), brute.random_rows(400, seed, 55, users=8, items=12)
+    log, rows = brute.random_log(12_000, seed, late=.3, lateness=[0, 2 * DAY, 29 * DAY, 60 * DAY][seed] + 1, users=8, items=12), brute.random_rows(400, seed, 55, users=8, items=12)
     sums = same(log, rows, disorder=seed)
     moved = (sums != nothing(PROGRAM.aggregates)).any(axis=0)
     assert moved.all(), [a for a, m in zip(PROGRAM.aggregates, moved) if not m]  # each aggregate is put to the test

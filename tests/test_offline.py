@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 import brute
 from brute import DAY, START, batch, lazy, log_frame, row_frame
-from recsys.features.definitions import LIVE, LIVE_NAMES, PROGRAM
+from recsys.features.definitions import ABSENT, BESIDES, COUNTED, LIVE, LIVE_NAMES, PROGRAM, UNKNOWN, WINDOWS
 from recsys.features.formulas import ENTITIES, TYPES, Aggregate, compiled, count, finish, first, last, total
 from recsys.features.offline import codes, log_of, sums_at, with_marks, with_seconds
 
@@ -106,6 +106,38 @@ def test_a_late_first_purchase_stretches_when_it_arrives():
     got = with_marks(lazy(log)).collect().to_native().sort("known")
     assert got.select("event_id", "fresh", "again", "stretch").rows() == [("b", 1, 0, 0), ("a", 0, 1, 100), ("c", 0, 0, 0)]
 
+# ---- what the registry keeps beside the ranker's columns
+
+def day_log(*events) -> pl.DataFrame:
+    "(type, days before START, cents) of one shopper and one item, each known at once."
+    return log_frame([(f"e{i:02}", TYPES.index(kind), START - round(ago * DAY), START - round(ago * DAY), 0, 0, 0, 0, cents) for i, (kind, ago, cents) in enumerate(events)])
+
+def live_of(log, *names) -> list[float]:
+    "Live features of that shopper and item a second after START."
+    program = compiled([LIVE[LIVE_NAMES.index(n)].formula for n in names])
+    rows = row_frame([(0, START + 1, 0, 0, 0, 0)])
+    return finish(program, batch(log, rows, program.aggregates), rows["t"].to_numpy())[0].tolist()
+
+@pytest.mark.parametrize("what, kind", [*COUNTED.items(), *BESIDES.items()])
+def test_each_event_type_counts_in_its_own_windows_alone(what, kind):
+    log = day_log((kind, .02, 0), (kind, .5, 0), (kind, 3, 0), (kind, 20, 0), (kind, 40, 0))
+    entities = ("item", "user", "user_category") if what in COUNTED else ("item", "user")
+    counts = [n for n in LIVE_NAMES if n.split("_")[-1] in WINDOWS and n.startswith(tuple(f"{e}_{w}_" for e in entities for w in (*COUNTED, *BESIDES)))]
+    found = {n: v for n, v in zip(counts, live_of(log, *counts)) if v}
+    assert found == {f"{e}_{what}_{w}": k + 1 for e in entities for k, w in enumerate(WINDOWS)}
+
+def test_a_promotion_shows_in_the_prices_of_the_events():
+    log = day_log(*[("view", 10, 8000)] * 3, ("view", .5, 6000), ("purchase", 20, 8000), ("purchase", 2, 4000), ("return", .1, 1))
+    assert live_of(log, "item_shown_price_1d", "item_paid_price_7d") == [np.float32(60 / 75), np.float32(40 / 60)]
+    unpriced = day_log(("view", .5, 0), ("view", 10, 0), ("purchase", 20, 8000))
+    assert live_of(unpriced, "item_shown_price_1d", "item_paid_price_7d") == [UNKNOWN, UNKNOWN]  # no view has a price; nobody bought it this week
+
+def test_an_empty_shelf_is_silent():
+    log = day_log(*[("purchase", d, 100) for d in (30, 28, 26, 24)], ("add_to_cart", 24, 100), *[("view", d / 100, 100) for d in range(80)])
+    since, cart, usual, rate = live_of(log, "item_purchase_days_since", "item_cart_days_since", "item_purchase_interval", "item_buy_rate_1d")
+    assert since == cart == np.float32(24 + 1 / DAY) and usual == 2 and rate == np.float32(1 / 121)
+    assert live_of(day_log(), "item_purchase_days_since", "item_cart_days_since", "item_purchase_interval", "item_buy_rate_1d") == [ABSENT, ABSENT, UNKNOWN, np.float32(1 / 41)]
+
 # ---- from contract columns to the coded log
 
 def shop_events(**changes):
@@ -138,7 +170,7 @@ def test_a_moment_is_the_same_in_any_zone_and_unit(zone, unit):
 def test_without_consent_item_or_known_type_nothing_is_learnt():
     assert coded(shop_events(consent=[True, False, None]))["event_id"].to_list() == ["a"]
     assert coded(shop_events(item_id=["tea", None, "cup"]))["event_id"].to_list() == ["a", "c"]
-    assert coded(shop_events(event_type=["view", "search", "wishlist"]))["event_id"].to_list() == ["a"]
+    assert coded(shop_events(event_type=["view", "search", "share"]))["event_id"].to_list() == ["a"]
     assert coded(shop_events(), items=("tea",))["event_id"].to_list() == ["a", "b"]
 
 def test_kinds_are_positions_and_cents_are_rounded_half_up():

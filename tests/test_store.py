@@ -25,7 +25,7 @@ def make_log(n: int = 700, seed: int = 0, late: int = 3 * DAY) -> nw.LazyFrame:
     rng = np.random.default_rng(seed)
     ts = START + rng.integers(0, DAYS * DAY, n)
     user, item = rng.integers(0, USERS, n), rng.integers(0, ITEMS, n)
-    log = pl.DataFrame(dict(event_id=np.arange(n), kind=rng.integers(0, 6, n), ts=ts, known=ts + np.where(rng.random(n) < .3, rng.integers(0, late, n), 0),
+    log = pl.DataFrame(dict(event_id=np.arange(n), kind=rng.integers(0, len(TYPES), n), ts=ts, known=ts + np.where(rng.random(n) < .3, rng.integers(0, late, n), 0),
                             user=user, item=item, category=OF_ITEM[item], session=user * DAYS + (ts - START) // DAY, cents=rng.integers(1, 9999, n)))
     return with_marks(nw.from_native(log.lazy())).collect().lazy()
 

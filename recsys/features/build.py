@@ -18,7 +18,7 @@ import polars as pl
 from ..core.files import full_disk_is_clear, read_json, write_json
 from ..core.settings import Settings
 from ..data.events import exchange_rates, read_events
-from .definitions import LIVE_ITEM, LIVE_USER
+from .definitions import RANKED_ITEM, RANKED_USER
 from .formulas import compiled, finish
 from .leaks import check_leaks, proofs
 from .offline import LOG, in_base, log_of, sums_at, with_marks, with_seconds
@@ -116,7 +116,7 @@ def build_features(ingested: str | Path, out: str | Path, settings: Settings, on
     lines, users = encode(events, items["item_id"], settings.data.target_event)
     moments, targets, categories = moments_of(now, settings), lines.filter(pl.col("type") == settings.data.target_event), category_codes(items["category"])
     log = coded_log(events, items["item_id"], users, categories)
-    live = {e: live_table(log, some, e, n, moments.all) for e, some, n in (("item", LIVE_ITEM, items.height), ("user", LIVE_USER, len(users)))}
+    live = {e: live_table(log, some, e, n, moments.all) for e, some, n in (("item", RANKED_ITEM, items.height), ("user", RANKED_USER, len(users)))}
     with full_disk_is_clear(out):
         lines.write_parquet(out/"lines.parquet"); pl.DataFrame({"user_id": users}).write_parquet(out/"users.parquet")
         items.select(c for c in CATALOGUE if c in items.columns).write_parquet(out/"catalogue.parquet")

@@ -17,7 +17,7 @@ from ..core.settings import RecsysError
 # %% ../../nbs/2_features/01_formulas.ipynb #db6de546
 ENTITIES = dict(item=("item",), category=("category",), user=("user",), user_item=("user", "item"),
                 user_category=("user", "category"), session=("session",))
-TYPES = ("impression", "click", "view", "add_to_cart", "purchase", "return")  # event types that features count; their codes are the positions
+TYPES = ("impression", "click", "view", "add_to_cart", "purchase", "return", "remove_from_cart", "wishlist")  # event types that features count; their codes are the positions
 HOUR, DAY = 3600, 86400
 
 # %% ../../nbs/2_features/01_formulas.ipynb #363044a9
