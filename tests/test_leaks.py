@@ -11,7 +11,7 @@ from recsys.core.settings import RecsysError, load_settings
 from recsys.data.ingest import ingest
 from recsys.data.simulator import simulate
 from recsys.features.build import check_live, live_table
-from recsys.features.definitions import LIVE_ITEM, LIVE_NAMES, LIVE_USER, PROGRAM
+from recsys.features.definitions import LIVE_NAMES, PROGRAM, RANKED_ITEM, RANKED_USER
 from recsys.features.offline import with_marks
 from recsys.features.leaks import check_leaks, chosen, guard, live_features, proofs, recomputed, single_auc, tempted, tempting, too_good
 
@@ -138,10 +138,10 @@ def test_proofs_are_the_guard_without_suspicions():
 
 def test_the_daily_job_looks_at_its_live_features():
     marked, moments = with_marks(nw.from_native(LOG.lazy())).to_native(), [START + d * DAY for d in (5, 9, 14, 20)]
-    live = {e: live_table(marked, some, e, n, moments) for e, some, n in (("item", LIVE_ITEM, 30), ("user", LIVE_USER, 40))}
+    live = {e: live_table(marked, some, e, n, moments) for e, some, n in (("item", RANKED_ITEM, 30), ("user", RANKED_USER, 40))}
     said = check_live(marked, live, moments)
-    assert said == dict(features=len(LIVE_ITEM) + len(LIVE_USER), rows=160, moments=4, events=said["events"]) and 0 < said["events"] <= LOG.height
-    late = live_table(marked, LIVE_ITEM, "item", 30, [t + 3600 for t in moments]) # an hour of the future
+    assert said == dict(features=len(RANKED_ITEM) + len(RANKED_USER), rows=160, moments=4, events=said["events"]) and 0 < said["events"] <= LOG.height
+    late = live_table(marked, RANKED_ITEM, "item", 30, [t + 3600 for t in moments]) # an hour of the future
     with pytest.raises(RecsysError, match="a feature knows the future: item_.*differs from what was known at the moment") as e: check_live(marked, live | dict(item=late), moments)
     assert "\n" not in str(e.value)
 

@@ -97,7 +97,7 @@ def check_live(log: pl.LazyFrame, live: dict[str, np.ndarray], moments: list[int
         category=pl.lit(-1, pl.Int64), session=pl.lit(-1, pl.Int64))
     own = log.select(LOG).filter(pl.col("item").is_in(np.unique(item)) | pl.col("user").is_in(np.unique(user))).collect()
     x = np.concatenate([np.hstack([live["item"][m][item], live["user"][m][user]]) for m in range(k)])
-    features = LIVE_ITEM + LIVE_USER
+    features = RANKED_ITEM + RANKED_USER
     check_leaks(own, rows, pl.DataFrame(x, schema=[f.name for f in features]), _live_of(features), moments=4, seed=seed, find=proofs)
     return dict(features=len(features), rows=n * min(k, 4), moments=min(k, 4), events=own.height)
 
