@@ -98,11 +98,22 @@ class Ranker(Section):
     snapshots: Positive
     snapshot_gap_days: Positive
     negatives: Positive
+    gains: Annotated[tuple[Annotated[str, Meta(pattern=r"^\w+:\d*\.?\d+$")], ...], Meta(min_length=1)]
+    price_share: Share
+    shown_lists: Annotated[int, Meta(ge=0)]
+    position_bias: Literal["feature", "propensity"]
+    propensity_limit: Annotated[float, Meta(ge=1)]
     trees: Positive
     leaves: Annotated[int, Meta(ge=2, le=255)]
     learning_rate: Above0
     min_rows_in_leaf: Positive
     early_stopping_rounds: Positive
+    tune_seconds: Annotated[int, Meta(ge=0)]
+    tune_trials: Annotated[int, Meta(ge=0)]
+
+    def gain(self) -> dict[str, float]:
+        "{event type: what it is worth}, of the types that are worth anything."
+        return {t: float(g) for t, g in (p.rsplit(":", 1) for p in self.gains) if float(g) > 0}
 
 class Sessions(Section):
     blocks: Positive
@@ -135,6 +146,7 @@ class Evaluation(Section):
     validation_days: Positive
     cutoffs: Annotated[tuple[Positive, ...], Meta(min_length=1)]
     bootstrap_samples: Annotated[int, Meta(ge=100)]
+    calibration_bins: Annotated[int, Meta(ge=2)]
     min_cases: Positive
 
 class Drift(Section):
@@ -237,6 +249,8 @@ def _check(s: Settings):
     if s.sequence.batch_targets < s.sequence.length: raise RecsysError("[sequence] batch_targets is smaller than length", s.file, "a batch holds whole windows: raise it")
     if s.candidates.budget < max(s.evaluation.cutoffs):
         raise RecsysError("[candidates] budget is smaller than the longest list of [evaluation] cutoffs", s.file, "raise the budget")
+    if s.data.target_event not in s.ranker.gain():
+        raise RecsysError(f"[ranker] gains gives nothing for the target event '{s.data.target_event}'", s.file, "give it a number above 0 there")
     if s.index.backend == "milvus" and not re.match(r"https?://.|[^:]+\.db\Z", s.index.uri):
         raise RecsysError(f"[index] uri = {s.index.uri!r}: no address of a Milvus", s.file, "write http://HOST:PORT of the cluster, or a file NAME.db for the embedded edition")
     if s.index.backend == "milvus" and s.index.kind == "ivf":

@@ -18,7 +18,7 @@ from ..features.build import day_of, read_moments
 from ..features.definitions import ITEM, NAMES
 from .attribution import attribution_drift, impact, ndcg, shap_values
 from .drift import compare, to_dict
-from ..ranking.ranker import load_ranker
+from ..ranking.ranker import as_served, load_ranker
 from ..serving.engine import Engine
 
 # %% ../../nbs/7_monitoring/04_watch.ipynb #f4d0ae63
@@ -73,7 +73,7 @@ def watch_run(features: str | Path, candidates: str | Path, trained: str | Path,
                     settings.run.seed, d.wasserstein_limit, d.missing_limit, d.unseen_limit)
     step("distributions")
     (xr, ur), (xc, uc) = (sampled(x, u, d.shap_rows, settings.run.seed) for x, _, u in (reference, current))
-    before, after = shap_values(ranker, xr, threads=settings.run.threads), shap_values(ranker, xc, threads=settings.run.threads)
+    before, after = (shap_values(ranker, as_served(ranker, x), threads=settings.run.threads)[:, :len(NAMES)] for x in (xr, xc))  # a position is the same for all
     attribution = attribution_drift(before, after, list(NAMES), ur, uc, seed=settings.run.seed)
     step("attributions")
     said = verdict_of(found, attribution) | dict(

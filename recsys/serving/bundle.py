@@ -18,6 +18,7 @@ from ..core.files import atomic_dir, file_digest, full_disk_is_clear, read_json,
 from ..core.settings import RecsysError
 from ..features.definitions import ITEM, USER
 from ..features.point_in_time import PAIR
+from ..ranking.calibration import load_calibration
 from ..ranking.ranker import load_ranker
 from ..ranking.rules import NO_RULES, Rules, read_rules
 
@@ -32,6 +33,7 @@ class Bundle(NamedTuple):
     user_codes: dict         # user id → code
     item_codes: dict         # item id → code
     rules: Rules = NO_RULES  # the shop's
+    calibration: np.ndarray | None = None # float64 [2, 2, KNOTS]: from scores to probabilities; None: a version from before there were any
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #e1971b58
 def _digests(folder: Path) -> dict[str, str]:
@@ -58,13 +60,14 @@ def _link(source: Path, target: Path):
 def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker: Path, items: pl.DataFrame, users: pl.Series, manifest: dict, rules: Path | None = None) -> Path:
     """Write, verify and put in place `bundles`/`version`; the folder.
 
-    state_folders: where the arrays of `State` lie; items: item_id first, a row per code; users: ids, the position is the code; rules: a file, copied as it is."""
+    state_folders: where the arrays of `State` lie; ranker: its file, with calibration.npy beside it if there is one; items: item_id first, a row per code; users: ids, the position is the code; rules: a file, copied as it is."""
     target = Path(bundles)/version
     with atomic_dir(target) as tmp:
         for folder in state_folders:
             for file in sorted(Path(folder).glob("*.npy")):
                 if file.stem in State._fields: _link(file, tmp/"state"/file.name)
-        _link(Path(ranker), tmp/"ranker.txt")
+        for file in (Path(ranker), Path(ranker).with_name("calibration.npy")):
+            if file.exists() or file == Path(ranker): _link(file, tmp/file.name)
         with full_disk_is_clear(target):
             if rules: read_rules(rules); (tmp/"rules.toml").write_bytes(Path(rules).read_bytes())  # a copy: the original will be edited
             items.write_parquet(tmp/"items.parquet"); pl.DataFrame({"user_id": users}).write_parquet(tmp/"users.parquet")
@@ -108,8 +111,9 @@ def open_bundle(folder: str | Path) -> Bundle:
     try: items, users = pl.read_parquet(folder/"items.parquet"), pl.read_parquet(folder/"users.parquet")["user_id"]; ids = items["item_id"]
     except (pl.exceptions.PolarsError, OSError) as e: raise RecsysError(f"broken table ({e})", str(folder), "publish again, or roll back") from None
     codes = lambda ids: {v: i for i, v in enumerate(ids)}
+    curves = load_calibration(folder/"calibration.npy") if (folder/"calibration.npy").exists() else None
     rules = read_rules(folder/"rules.toml") if (folder/"rules.toml").exists() else NO_RULES
-    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids), rules)
+    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids), rules, curves)
 
 def promote(bundles: str | Path, version: str):
     "Make `version` the one that `current` names, atomically."

@@ -17,6 +17,8 @@ from msgspec import Meta, Struct
 from ..core.settings import RecsysError
 from ..features.definitions import ABSENT, NAMES, SOURCES
 from ..ranking.arrange import NO_SHOWINGS, Places, Showings, arrange, pinned_rows, places_for, seed_of
+from ..ranking.calibration import probability_of
+from ..ranking.ranker import POSITION, as_served
 from ..ranking.rows import MAX_CONTEXT, Cases, candidate_rows, work_for
 from ..ranking.rules import NO_RULES, Catalogue, Filter, Rulebook, Rules, Unit, View, bought_lately, catalogue_of, touched
 from .bundle import Bundle
@@ -55,6 +57,7 @@ class Suggestion(Struct, omit_defaults=True):
     source: list[str]                    # the candidate sources that proposed it; a pin that none proposed: ["pin"]
     reason: list[str]                    # in words
     title: str | None = None
+    probability: float | None = None     # that it is in the basket, given that there is one
     contributions: dict[str, float] = {} # the strongest SHAP values, when asked to explain
     rules: list[str] = []                # the rules that touched it
     propensity: float = 1.0              # of this item at this place, given those above: below 1 where the list is explored
@@ -96,7 +99,7 @@ class Engine:
         found = candidate_rows(self.state, self.work, user, cart, barred)
         t1 = time.perf_counter()
         if not found: return self.nobody, np.zeros(0), dict(candidates=(t1 - t0) * 1e3, score=0.0)
-        scores = self.ranker.predict(self.work.x[:found], num_threads=1)
+        scores = self.ranker.predict(as_served(self.ranker, self.work.x[:found]), num_threads=1)
         best = np.argsort(-scores, kind="stable")[:n]
         return best, scores[best], dict(candidates=(t1 - t0) * 1e3, score=(time.perf_counter() - t1) * 1e3)
 
@@ -110,7 +113,7 @@ def rank_ruled(engine: Engine, user: int, cart: np.ndarray, barred: np.ndarray, 
     else: found = candidate_rows(state, engine.work, user, cart, barred)
     t1 = t2 = time.perf_counter()
     if found:
-        scores = engine.ranker.predict(engine.work.x[:found], num_threads=1)
+        scores = engine.ranker.predict(as_served(engine.ranker, engine.work.x[:found]), num_threads=1)
         t2 = time.perf_counter()
         found = arrange(engine.work.ids[:found], scores, state.vector_out, state.category, policy, showings, seed, out)
     rows, places = out.row[:found], Places(*(a[:found] for a in out))
@@ -145,8 +148,13 @@ def reasons_of(x: np.ndarray, sources: list[str], placed_by: str | None, of_segm
 def _contributions(engine: Engine, rows: np.ndarray, most: int = 5) -> list[dict[str, float]]:
     "The `most` largest SHAP values of each of `rows`."
     if not len(rows): return []
-    shap = engine.ranker.predict(engine.work.x[rows], pred_contrib=True, num_threads=1)[:, :-1]
-    return [{NAMES[i]: round(float(s[i]), 4) for i in np.argsort(-np.abs(s), kind="stable")[:most]} for s in shap]
+    shap, names = engine.ranker.predict(as_served(engine.ranker, engine.work.x[rows]), pred_contrib=True, num_threads=1)[:, :-1], (*NAMES, POSITION)
+    return [{names[i]: round(float(s[i]), 4) for i in np.argsort(-np.abs(s), kind="stable")[:most]} for s in shap]
+
+def _chances(engine: Engine, scores: np.ndarray, cart: bool) -> list[float | None]:
+    "The probability of each score, for lists with or without a cart; None by a bundle that has no curves."
+    curves = engine.bundle.calibration
+    return [None] * len(scores) if curves is None else probability_of(curves[int(cart)], scores).round(6).tolist()
 
 def _suggestion(engine: Engine, row: int, score: float, rank: int, segment: np.ndarray | None = None) -> Suggestion:
     "The place `rank` of the list, from a row of the engine's memory; `segment`: the list of the user's segment, where the popular items are others."
@@ -191,6 +199,7 @@ def recommend(engine: Engine, request: Request, request_id: str) -> Answer:
         segment = None if view.state is engine.state else engine.state.segment_items[engine.state.segment[user] if user >= 0 else 0]
         suggestions = [_suggestion(engine, r, s, k, segment) for k, (r, s) in enumerate(zip(rows, scores), 1)]
         _note(engine, view, suggestions, places)
+    for suggestion, chance in zip(suggestions, _chances(engine, scores, len(context) > 0)): suggestion.probability = chance
     if request.explain:
         for suggestion, why in zip(suggestions, _contributions(engine, rows)): suggestion.contributions = why
     level = 0 if user >= 0 or len(context) else 3
