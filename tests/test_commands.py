@@ -77,6 +77,7 @@ def test_simulate_then_ingest_then_features(shop):
 def test_a_shop_of_one_s_own(shop):
     "Knobs and shocks from a file, curves from what was ingested; how near they come is shown."
     (shop/"sale.toml").write_text('late = 0.2\n[[shocks]]\nday = 20\nkind = "stock out"\nsize = 0.3\n')
+    ok(recsys(shop, "ingest"))  # of the shop itself: curves come from the newest
     out = ok(recsys(shop, "simulate", "--events", "20000", "--out", "like-ours", "--days", "60", "--users", "150", "--items", "60", "--shop", "sale.toml", "--calibrate"))
     said = json.loads((shop/"like-ours/simulated.json").read_text())
     assert (said["users"], said["items"], said["shop"]["late"], said["shop"]["checkout"]) == (150, 60, .2, 1.) and said["shop"]["shocks"][0]["kind"] == "stock out"
