@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from recsys.candidates.build import build_candidates
+from recsys.core.files import read_json
 from recsys.core.settings import RecsysError, load_settings
 from recsys.data.events import conform
 from recsys.data.ingest import ingest
@@ -26,7 +27,7 @@ from recsys.ranking.rows import PRICE, Cases, Rows, candidate_rows, make_cases, 
 from recsys.ranking.train import calibrate, cases_after, learnable, train_ranker, with_outcome
 from recsys.serving.bundle import open_bundle, verify_bundle
 from recsys.serving.engine import Engine, Request, recommend
-from shop import settings_text
+from shop import ROOT, recsys, settings_text
 from test_serving import BUDGET, N_ITEMS, N_USERS, PER_SOURCE, publish, tables
 
 HOW = dict(leaves=7, learning_rate=.1, min_rows_in_leaf=20, cutoff=5, seed=3, threads=1)
@@ -447,3 +448,30 @@ def test_a_shop_that_logs_what_it_showed_trains_on_all_of_it(simulated, tmp_path
         assert c["ece"]["value"] < .05 and len(c["bins"]) == s.evaluation.calibration_bins
         assert c["bins"][-1]["observed"] > 2 * c["rate"] and c["bins"][-1]["predicted"] > 2 * c["rate"]
     assert curves.shape == (2, 2, KNOTS)
+
+def test_what_true_probabilities_would_err_by_chance():
+    "The expected error of bins of purchases drawn by the probabilities themselves, against many such draws in plain code."
+    rng = np.random.default_rng(0); p = rng.beta(1, 30, 3000)
+    said = judge_chances(p, rng.random(3000) < p, np.arange(3000) // 10, 10, 100, 1)
+    drawn = [ece(reliability(p, rng.random(3000) < p, 10)) for _ in range(200)]
+    assert min(drawn) < said["by_chance"] < max(drawn) and abs(said["by_chance"] - np.mean(drawn)) < 3 * np.std(drawn) / np.sqrt(5)
+    wrong = judge_chances(np.minimum(3 * p, 1), rng.random(3000) < p, np.arange(3000) // 10, 10, 100, 1)
+    assert wrong["ece"]["low"] > wrong["by_chance"] and said["ece"]["low"] <= said["ece"]["high"]
+
+def test_the_pages_show_the_search_the_places_and_the_bins(simulated):
+    pytest.importorskip("optuna", reason="an extra: pip install 'recsys[tune]'")
+    (simulated/"settings.ini").write_text(settings_text(position_bias="propensity", shown_lists=2000, tune_trials=3))
+    for name in ("nbs", "constraints.txt"): (simulated/name).symlink_to(ROOT/name)
+    (simulated/"t").mkdir(); (simulated/"e").mkdir()
+    given = [f"features={simulated/'f'}", f"candidates={simulated/'c'}"]
+    def page(job, **more):
+        r = recsys(simulated, "job", job, *(x for p in (*given, *(f"{k}={v}" for k, v in more.items())) for x in ("-p", p)))
+        assert r.returncode == 0, r.stderr
+        return Path(r.stdout.split("Look at ")[1].strip()).read_text()
+    trained = page("train", out=simulated/"t")
+    assert "The search: 3 trials" in trained and "How often each position is looked at" in trained and "Curves by question" in trained and "Lists shown" in trained
+    said = read_json(simulated/"t"/"train.json")
+    best = max(said["trials"], key=lambda t: t["value"])
+    assert all(said["parameters"][k] == best[k] for k in ("leaves", "learning_rate", "min_rows_in_leaf"))
+    judged = page("evaluate", train=simulated/"t", out=simulated/"e")
+    assert "were to be expected of true ones" in judged and "predicted and bought share, by bin" in judged

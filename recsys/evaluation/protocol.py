@@ -87,7 +87,7 @@ def judge_chances(probability: np.ndarray, bought: np.ndarray, users: np.ndarray
     rows, hits, wish = (drawn @ s for s in sums)
     error = np.abs(hits - wish).sum(1) / rows.sum(1)
     with np.errstate(invalid="ignore"): low, high = np.nanquantile(hits / rows, (.025, .975), axis=0)
-    fair = np.mean([ece(reliability(probability, rng.random(len(bought)) < probability, bins)) for _ in range(5)])
+    fair = np.mean([np.abs(np.bincount(bin, (rng.random(len(bin)) < probability) - probability)).sum() / len(bin) for _ in range(5)])
     interval = dict(zip(("low", "high"), map(float, np.quantile(error, (.025, .975)))))
     return dict(ece=dict(value=ece(table)) | interval, by_chance=float(fair), log_loss=log_loss(probability, bought), constant=log_loss(np.full(len(bought), bought.mean()), bought),
                 rate=float(bought.mean()), bins=[b | dict(low=float(l), high=float(h)) for b, l, h in zip(table, low, high)])
