@@ -57,14 +57,17 @@ def test_a_forgotten_person_is_in_no_later_ingest(shop):
     assert not [p for p in newest.rglob("*") if p.is_file() and b"c7\"" in p.read_bytes()]
     assert b"c7" not in (shop/"data/forgotten.json").read_bytes()
 
-def test_simulate_then_ingest_then_features(shop):
-    out = ok(recsys(shop, "simulate", "--events", "30000", "--out", "made-up", "--seed", "3"))
-    assert "simulated" in out
+@pytest.fixture(scope="module")
+def made_up(shop):
+    "The folder of an ingest of a simulated shop: its people log in during visits."
+    assert "simulated" in ok(recsys(shop, "simulate", "--events", "30000", "--out", "made-up", "--seed", "3"))
+    ok(recsys(shop, "ingest", env=dict(RECSYS_DATA_DATASET="made-up/simulated.toml")))
+    return max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
+
+def test_simulate_then_ingest_then_features(shop, made_up):
     again = recsys(shop, "simulate", "--events", "30000", "--out", "made-up")
     assert again.returncode == 1 and again.stderr.startswith("recsys: ") and again.stderr.count("\n") == 1
-    env = dict(RECSYS_DATA_DATASET="made-up/simulated.toml")
-    ok(recsys(shop, "ingest", env=env))
-    done = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
+    done, env = made_up, dict(RECSYS_DATA_DATASET="made-up/simulated.toml")
     page, shown = (done/"ingest.html").read_text(), pl.read_parquet(done/"impressions"/"*.parquet")
     assert shown.height == shown["event_id"].n_unique() > 1000 and f"{shown.height:,}" in page and 0 < shown["click"].mean() < .5
     assert all(text in page for text in ("outside the window", "without an impression", "known after the window", "by placement and position"))
@@ -121,11 +124,10 @@ def test_a_folder_without_the_notebooks_is_one_line(tmp_path):
     r = recsys(folder, "ingest")
     assert r.returncode == 1 and r.stderr.startswith("recsys: ") and r.stderr.count("\n") == 1 and "no such job" in r.stderr, r.stderr
 
-def test_shards_change_nothing(shop, tmp_path, monkeypatch):
+def test_shards_change_nothing(shop, made_up, tmp_path, monkeypatch):
     "Five shards and one: the same table and the same pairs, also where somebody logs in during a visit."
     s = load_settings(shop/"settings.ini")
-    ingested = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
-    until = int(datetime.fromisoformat(json.loads((ingested/"ingest.json").read_text())["moment"]).timestamp())
+    ingested, until = made_up, int(datetime.fromisoformat(json.loads((made_up/"ingest.json").read_text())["moment"]).timestamp())
     found = []
     for name, size in (("one", 10**9), ("five", 6000)):
         monkeypatch.setattr(pipeline, "SHARD", size); monkeypatch.setattr(pipeline, "PAIR_SHARD", size)
