@@ -125,7 +125,7 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
-    for name in ("papermill", "traitlets"): logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("papermill", "traitlets", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL) # asyncio tells of a cell that an interrupt left behind
     before = {k: os.environ.get(k) for k in ("RECSYS_SETTINGS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "POLARS_MAX_THREADS", "PYDEVD_DISABLE_FILE_VALIDATION")}
     threads = str(settings.run.threads)
     os.environ.update(RECSYS_SETTINGS=settings.file, OMP_NUM_THREADS=threads, NUMBA_NUM_THREADS=threads, POLARS_MAX_THREADS=threads, PYDEVD_DISABLE_FILE_VALIDATION="1")
