@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from recsys.core.settings import RecsysError
 from recsys.data.events import validate_events
 from recsys.data.importers import open_mapping, read_mapping, rows_of
-from recsys.data.streams import Limits, blocks
+from recsys.data.streams import Limits, Part, blocks, raw_frame
 from recsys.operations import report
 
 NOW = datetime(2026, 3, 10, tzinfo=timezone.utc)
@@ -195,6 +195,36 @@ def test_types_that_change_between_blocks(tmp_path):
     assert rows["price"].to_list() == [None] * 40 + [1.0] * 40 + [2.5] * 40
     assert pl.concat(table.batches()).equals(rows)
     assert table.raw["log.jsonl"].filter(pl.col("row") == 90).collect()["new"].to_list() == [[1]]
+
+ANY = st.recursive(st.none() | st.booleans() | st.integers(-9, 10**30) | st.floats(-1e6, 1e6) | st.text(max_size=3),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from("abc"), x, max_size=3), max_leaves=6)
+
+@quick
+@given(st.lists(ANY, min_size=1, max_size=8))
+def test_lines_that_disagree_cost_no_others(tmp_path, notes):
+    "One odd line does not make a file unreadable, whatever is where: lines without a note all stay, and no line is lost."
+    row = dict(event_type="view", ts="2026-03-02T10:00:00Z", visitor_id="v", item_id="i")
+    rows = [r for i, x in enumerate(notes) for r in (row | dict(price=i), row | dict(note=x))]
+    good, bad = outcome(tmp_path, "\n".join(map(json.dumps, rows)).encode(), "log.jsonl")
+    assert good.height + bad.height == len(rows) and good["price"].drop_nulls().to_list() == [*map(float, range(len(notes)))]
+
+def test_a_price_that_is_none_costs_its_own_line_only(tmp_path):
+    row = dict(event_type="view", ts="2026-03-02T10:00:00Z", visitor_id="v", item_id="i")
+    for odd, kept in ((True, False), ([3], False), ({"usd": 3}, False), ([], True), ({}, True), (None, True)):
+        good, bad = outcome(tmp_path, "\n".join(json.dumps(row | dict(price=p)) for p in (1, 2.5, odd, 4)).encode(), "log.jsonl")
+        assert good["price"].to_list() == [1., 2.5, *[None] * kept, 4.] and bad["row"].to_list() == [3] * (not kept), (odd, good, bad)
+
+KINDS = dict(record={"a": 1}, other={"b": [1]}, list=[1], records=[{"a": 1}], texts=["x"], text="x", number=3, share=2.5, truth=True, empty=[], nothing={}, null=None)
+
+@pytest.mark.parametrize("a", KINDS)
+def test_kinds_that_change_between_blocks_can_be_looked_up(tmp_path, a):
+    for b in KINDS:
+        values = [KINDS[k] for k in (a, a, b, b, a)]
+        (tmp_path/"x.jsonl").write_text("".join(json.dumps(dict(long="so that each line is a block of its own", v=v)) + "\n" for v in values))
+        raw = raw_frame(Part("x", tmp_path/"x.jsonl", None, "jsonl", limits=Limits(block=60))).select("row", "v").collect()
+        back = lambda v: json.loads(v) if isinstance(v, str) and v != "x" else v
+        whole = lambda v: {k: x for k, x in v.items() if x is not None} if isinstance(v, dict) else [whole(x) for x in v] if isinstance(v, list) else v
+        assert [whole(back(v)) or None for v in raw["v"].to_list()] == [v or None for v in values], (a, b, raw)
 
 @pytest.mark.parametrize("n", ["nan", "NaN", "inf", "-inf", "1e400", "-1e400", "0x10", "1,5", "１２", "--1", "1e", "1_000", "٣"])
 def test_numbers_that_are_none(tmp_path, n):

@@ -7,7 +7,8 @@ __all__ = ['ODD', 'Limits', 'split_path', 'find_files', 'readable', 'zip_members
            'csv_frames', 'json_frames', 'parquet_frames', 'probe_parquet', 'Part', 'frames', 'raw_frame']
 
 # %% ../../nbs/1_data/03_streams.ipynb #b0e96cda
-import csv, glob, gzip, io, lzma, re, subprocess, sys, zipfile, zlib
+import csv, glob, gzip, io, json, lzma, re, subprocess, sys, zipfile, zlib
+from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
@@ -199,6 +200,51 @@ def _first_row(block: bytes, quotes: bool) -> int:
     return end or len(block)
 
 # %% ../../nbs/1_data/03_streams.ipynb #9f9fc379
+def _kind(value) -> str: return {dict: "record", list: "list", bool: "truth", str: "text"}.get(type(value), "number")
+
+def _kinds(value, way: tuple = ()) -> Iterator[tuple[tuple, str]]:
+    "All ways into a value with the kind of what lies there; None in a way: each element of a list."
+    if value is not None: yield way, _kind(value)
+    inside = value.items() if isinstance(value, dict) else ((None, x) for x in value) if isinstance(value, list) else ()
+    for name, x in inside: yield from _kinds(x, (*way, name))
+
+def _usual(values: list[dict]) -> dict[tuple, str]:
+    "The commonest kind at each way where kinds clash."
+    found = defaultdict(Counter)
+    for v in values:
+        for way, kind in _kinds(v): found[way][kind] += 1
+    return {way: n.most_common(1)[0][0] for way, n in found.items() if len(n) > 1}
+
+# %% ../../nbs/1_data/03_streams.ipynb #c12d6072
+def _filled(value):
+    "A value without the empty lists and records in it."
+    if isinstance(value, dict): return {k: _filled(x) for k, x in value.items()} or None
+    return [_filled(x) for x in value] or None if isinstance(value, list) else value
+
+_PLAIN = ("number", "truth", "text")
+
+def _levelled(value, usual: dict[tuple, str], way: tuple = ()):
+    "A value whose numbers, truths and texts are all text where they clash."
+    if usual.get(way) in _PLAIN and isinstance(value, (bool, int, float)): return json.dumps(value)
+    if isinstance(value, dict): return {k: _levelled(x, usual, (*way, k)) for k, x in value.items()}
+    return [_levelled(x, usual, (*way, None)) for x in value] if isinstance(value, list) else value
+
+def _misfit(value, usual: dict[tuple, str]) -> str | None:
+    "What in a line is a record or a list and elsewhere something else, or the other way round."
+    level = lambda kind: "text or number" if kind in _PLAIN else kind
+    odd = next(((way, kind) for way, kind in _kinds(value) if level(usual.get(way, kind)) != level(kind)), None)
+    return odd and f"a field is a {level(odd[1])}, elsewhere a {level(usual[odd[0]])}"
+
+def _of_one_type(lines: list[bytes]) -> tuple[pl.DataFrame, list[str | None]]:
+    "Lines of JSON records, one row each, also where their kinds clash; and what is wrong with those that had to become empty rows."
+    try: return pl.read_ndjson(b"\n".join(lines), infer_schema_length=None), [None] * len(lines)
+    except pl.exceptions.PolarsError: values = [_filled(msgspec.json.decode(l)) or {} for l in lines]
+    usual = _usual(values)
+    problems = [_misfit(v, usual) for v in values]
+    mended = ["{}" if p else json.dumps(_levelled(v, usual)) for p, v in zip(problems, values)]
+    return pl.read_ndjson("\n".join(mended).encode(), infer_schema_length=None), problems
+
+# %% ../../nbs/1_data/03_streams.ipynb #186ce30f
 def _json_problem(line: bytes, limits: Limits) -> str | None:
     "What is wrong with a line of JSON."
     from recsys.data.kernels import json_depth
@@ -210,12 +256,13 @@ def _json_problem(line: bytes, limits: Limits) -> str | None:
 def _mended(block: bytes, limits: Limits) -> pl.DataFrame:
     "A block of JSON lines with the bad ones set aside."
     lines = [l for l in block.split(b"\n") if l.strip()]
-    problems = [_json_problem(l, limits) for l in lines]
+    problems, df = [_json_problem(l, limits) for l in lines], None
+    if not all(problems):
+        df, misfits = _of_one_type([b"{}" if p else l for p, l in zip(problems, lines)])
+        problems = [p or m for p, m in zip(problems, misfits)]
     shown = [l.decode(errors="replace")[:1000] if p else None for p, l in zip(problems, lines)]
     told = pl.DataFrame(dict(_line=shown, _problem=problems), schema=dict(_line=pl.String, _problem=pl.String))
-    if all(problems): return told
-    good = b"\n".join(b"{}" if p else l for p, l in zip(problems, lines))
-    return pl.concat([pl.read_ndjson(good, infer_schema_length=None), told], how="horizontal")
+    return told if df is None else pl.concat([df, told], how="horizontal")
 
 # %% ../../nbs/1_data/03_streams.ipynb #3ebfbc24
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -349,10 +396,37 @@ def frames(part: Part) -> Iterator[pl.LazyFrame]:
             at += lf.select(pl.len()).collect().item()
 
 # %% ../../nbs/1_data/03_streams.ipynb #4d4b5e87
+def _alike(a: pl.DataType, b: pl.DataType) -> bool:
+    "Whether polars can turn both types into one and lose nothing."
+    if isinstance(a, pl.Struct) and isinstance(b, pl.Struct):
+        other = {f.name: f.dtype for f in b.fields}
+        return bool(a.fields and b.fields) and all(_alike(f.dtype, other[f.name]) for f in a.fields if f.name in other)
+    if isinstance(a, pl.List) and isinstance(b, pl.List): return _alike(a.inner, b.inner)
+    return a == b or pl.Null in (a, b) or a.is_numeric() and b.is_numeric()
+
+def _held(types: list[pl.DataType]) -> pl.DataType:
+    "A type that holds a column's types in all frames: text, for JSON, where they are not alike."
+    if not all(_alike(a, b) for i, a in enumerate(types) for b in types[:i]): return pl.String()
+    return pl.concat([pl.DataFrame(schema=dict(x=t)) for t in types], how="vertical_relaxed").schema["x"]
+
+def _json_text(name: str) -> pl.Expr:
+    "A column's values as JSON."
+    text = pl.struct(pl.col(name).alias("x")).struct.json_encode().str.slice(5).str.head(-1) # of {"x":…}
+    return pl.when(pl.col(name).is_not_null()).then(text).alias(name)
+
+# %% ../../nbs/1_data/03_streams.ipynb #6af5434b
 def _whole_schema(part: Part) -> pl.Schema:
     "The columns of all frames of a part, with types that hold each frame's."
-    empty = [f.clear().collect() for f in frames(part)]
-    return pl.concat(empty, how="diagonal_relaxed").schema
+    found = {}
+    for f in frames(part):
+        for name, t in f.collect_schema().items(): found.setdefault(name, {})[t] = None
+    return pl.Schema({name: _held([*types]) for name, types in found.items()})
+
+def _held_by(f: pl.LazyFrame, schema: pl.Schema) -> pl.LazyFrame:
+    "A frame with the columns of `schema`."
+    own = f.collect_schema()
+    f = f.with_columns(_json_text(c) for c, t in own.items() if schema[c] == pl.String and t not in (pl.String, pl.Null))
+    return pl.concat([pl.LazyFrame(schema=schema), f], how="diagonal_relaxed")
 
 def raw_frame(part: Part) -> pl.LazyFrame:
     "All rows of a part as they are, with `row`, lazily and in bounded memory."
@@ -362,6 +436,6 @@ def raw_frame(part: Part) -> pl.LazyFrame:
     columns = cache(partial(_whole_schema, part))
     def read(wanted, predicate, n_rows, batch_size):
         for f in frames(part):
-            df = pl.concat([pl.DataFrame(schema=columns()).lazy(), f], how="diagonal_relaxed")
+            df = _held_by(f, columns())
             yield (df.filter(predicate) if predicate is not None else df).select(wanted or list(columns())).collect()
     return register_io_source(read, schema=columns)
