@@ -9,7 +9,8 @@ import brute
 from brute import DAY, START, batch, lazy, log_frame, row_frame
 from recsys.features.definitions import ABSENT, BESIDES, COUNTED, LIVE, LIVE_NAMES, PROGRAM, UNKNOWN, WINDOWS
 from recsys.features.formulas import ENTITIES, TYPES, Aggregate, compiled, count, finish, first, last, total
-from recsys.features.offline import codes, log_of, sums_at, with_marks, with_seconds
+from recsys.data.events import in_order, sessionize
+from recsys.features.offline import codes, log_of, sums_at, with_marks, with_seconds, with_sessions
 
 FORMULAS = [f.formula for f in LIVE]
 kinds = st.lists(st.sampled_from(TYPES), min_size=1, max_size=3, unique=True).map(tuple)
@@ -186,3 +187,21 @@ def test_codes_are_dense_and_in_the_order_of_the_ids(ids):
 def test_who_is_the_user_or_else_the_visitor():
     log = coded(shop_events(user_id=[None, None, "u"]))
     assert log["user"].to_list() == [1, 1, 0]
+
+# ---- sessions
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([0, 1, 600, 1799, 1800, 1801, 3600, 86_400]), st.sampled_from([0, 1, 999_999]), st.sampled_from([None, None, None, "own"])), min_size=1, max_size=30), st.randoms())
+def test_sessions_are_those_of_ingest(pauses, chance):
+    "Pauses of exactly the gap and a microsecond beside it, ties, midnights, visits that the source knows in between; rows in any order."
+    at, rows = datetime(2024, 3, 1, 22, tzinfo=timezone.utc), []
+    for n, (visitor, seconds, micros, own) in enumerate(pauses):
+        at += timedelta(seconds=seconds, microseconds=micros)
+        rows.append(dict(event_id=f"{n * 7 % 31:02}-{n}", ts=at, visitor_id=visitor, session_id=own))
+    events = pl.DataFrame(rows, schema=dict(event_id=pl.String, ts=pl.Datetime("us", "UTC"), visitor_id=pl.String, session_id=pl.String))
+    wanted = sessionize(in_order(events), 30).select("event_id", "session_id")
+    chance.shuffle(rows)
+    got = with_sessions(lazy(pl.DataFrame(rows, schema=events.schema)), 30).collect().to_native()
+    both = got.select("event_id", got="session_id").join(wanted, on="event_id")
+    pairs = set(both.select("got", "session_id").rows())
+    assert both.height == len(rows) and len(pairs) == both["got"].n_unique() == both["session_id"].n_unique()

@@ -1,5 +1,5 @@
 "The offline path on Apache Spark: on this machine and on a cluster of a master and two workers, with polars' numbers; and what is said when there is none."
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+import hashlib, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from recsys.core.files import read_json
 from recsys.core.settings import RecsysError, load_settings
 from recsys.data.ingest import ingest
 from recsys.data.simulator import simulate
-from recsys.features.offline import PRIME, _chance, codes, log_of, with_seconds
+from recsys.features.offline import PRIME, _chance, codes, log_of, with_seconds, with_sessions
 
 ROOT = Path(__file__).resolve().parent.parent
 DAY = 86400
@@ -52,6 +52,8 @@ def odd(column: str) -> pl.Expr:
     c, n = pl.col(column), pl.col(column).str.len_bytes() + pl.col(column).str.tail(1).cast(pl.Int64, strict=False).fill_null(0)
     return pl.when(n % 5 == 0).then("Ä " + c).when(n % 5 == 1).then("𝒳" + c).when(n % 5 == 2).then("ﬀ" + c.str.to_uppercase()).otherwise(c).alias(column)
 
+FOUND = pl.col("session_id").str.contains("^s-[0-9a-f]{20}$") # by ingest, not told by the source
+
 def make_shop(folder: Path, events: int, days: int) -> int:
     "Simulate and ingest into `folder`/in; the end of the log, epoch s."
     simulate(folder/"shop", events, days=days)
@@ -64,6 +66,10 @@ def make_shop(folder: Path, events: int, days: int) -> int:
         df.write_parquet(path)
     account = ingest("simulated.toml", folder/"in", None, datetime.now(timezone.utc), 30, 60, .05, folder/"shop")
     assert account["rows"] > events * .9 and account["quarantined"] == 0
+    for path in (folder/"in"/"events").rglob("*.parquet"):  # sessions that ingest found are for the engines to find again
+        df = pl.read_parquet(path)
+        df.select("event_id", "session_id").write_parquet((folder/"told").with_suffix(f".{path.parent.name}"))
+        df.with_columns(session_id=pl.when(~FOUND).then("session_id")).write_parquet(path)
     return int(datetime.fromisoformat(account["moment"]).timestamp())
 
 def run(engine, folder: Path, end: int, name: str) -> Path:
@@ -98,10 +104,24 @@ def test_the_shop_has_what_engines_could_disagree_about(shop):
     assert events["flag"].null_count() < events.height and (events["received_ts"] - events["ts"]).max() > timedelta(days=1)
     assert set(events["currency"].unique()) == {"EUR", "USD", "SEK", None}
     assert ((events["price"] * 1000).round().cast(pl.Int64) % 10 == 5).sum() > 1000
+    assert 500 < events["session_id"].null_count() < events.height - 500
     for name, id in dict(items="item_id", users="who", sessions="session_id").items():
         ids = table(out, name)[id].to_list()
         assert {i[0] for i in ids} >= {"Ä", "𝒳", "ﬀ"} and ids == sorted(ids, key=str.encode)
     assert table(out, "log").select("known").is_duplicated().any() and set(table(out, "table")["label"]) == {0, 1}
+
+def ingest_s(session: str) -> str:
+    "Ingest's id of a session that an engine found."
+    return "s-" + hashlib.blake2b(session.encode(), digest_size=10).hexdigest()
+
+def test_sessions_are_those_of_ingest(shop):
+    d, _, out = shop
+    told = pl.concat(pl.read_parquet(p) for p in sorted(d.glob("told.*")))
+    events = with_sessions(Polars().scan(d/"in"/"events"), 30).collect("polars").to_native()
+    both = events.select("event_id", got="session_id").join(told, on="event_id", validate="1:1")
+    assert both.height == told.height and both.select(FOUND).sum().item() > 500
+    assert both.with_columns(got=pl.when(FOUND).then(pl.col("got").map_elements(ingest_s, return_dtype=pl.String)).otherwise("got")).select((pl.col("got") == pl.col("session_id")).all()).item()
+    assert set(events["session_id"].unique()) >= set(table(out, "sessions")["session_id"])
 
 # ---- on one machine
 

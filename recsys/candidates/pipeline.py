@@ -27,7 +27,7 @@ from ..data.events import exchange_rates
 from ..features.definitions import LIVE_NAMES, PROGRAM
 from ..features.formulas import ENTITIES, finish
 from ..features.leaks import check_leaks, chosen, proofs
-from ..features.offline import LOG, MARKS, PRIME, codes, in_base, log_of, purchases_of, sums_at, training_rows, with_marks, with_seconds
+from ..features.offline import LOG, MARKS, PRIME, codes, in_base, log_of, purchases_of, sums_at, training_rows, with_marks, with_seconds, with_sessions
 from ..features.point_in_time import DAY, category_codes
 from ..features.store import OfflineStore, materialize
 
@@ -90,8 +90,13 @@ def _options(master: str) -> dict[str, str]:
     local = {"spark.driver.memory": f"{half}m", "spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1", "spark.sql.shuffle.partitions": "8"}
     return common | (local if _is_local(master) else {})
 
+def _no_master(master: str) -> RecsysError:
+    "Spark gave up a master: it stops its context, sometimes while that is still being made."
+    return RecsysError("what listens there does not answer as a Spark master", f"[run] spark_master = {master}", "is it one, and of this version?")
+
 def _context(master: str, options: dict[str, str], log: BinaryIO):
     "Spark's context at `master`, in this process's Java machine or a new one whose standard error is `log`."
+    from py4j.protocol import Py4JJavaError
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkRuntimeError
     from pyspark.java_gateway import launch_gateway
@@ -99,6 +104,7 @@ def _context(master: str, options: dict[str, str], log: BinaryIO):
     try:
         gateway = None if SparkContext._gateway else launch_gateway(memory, dict(stderr=log))
         return SparkContext(conf=SparkConf().setMaster(master).setAppName("recsys").setAll(options.items()), gateway=gateway)
+    except Py4JJavaError as e: raise e if _is_local(master) or "stopped" not in _cause(str(e)) else _no_master(master)
     except ValueError: raise RecsysError("this process has a Spark session already", f"[run] spark_master = {master}", "stop it first") from None
     except PySparkRuntimeError as e:  # JAVA_GATEWAY_EXITED
         log.seek(0)
@@ -108,15 +114,18 @@ def _context(master: str, options: dict[str, str], log: BinaryIO):
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #2f7f10dc
 def _need_worker(context, master: str, seconds: float):
     "Stop `context` and raise `RecsysError` if the master gave it up, or no worker takes part within `seconds`."
-    java, ends, failed = context._jsc.sc(), time.monotonic() + seconds, None
+    from py4j.protocol import Py4JJavaError
+    java, ends = context._jsc.sc(), time.monotonic() + seconds
+    def found() -> bool:
+        try: return java.getExecutorMemoryStatus().size() > 1 # the driver is one
+        except Py4JJavaError: return False # it stops this moment, as the next look will tell
     while not _is_local(master):
-        if java.isStopped(): failed = "what listens there does not answer as a Spark master", "is it one, and of this version?"
-        elif java.getExecutorMemoryStatus().size() > 1: return  # the driver is one
-        elif time.monotonic() > ends: failed = f"no worker offered its cores and memory within {seconds:.0f} s", "start workers, or free some of theirs"
-        if failed:
-            context.stop()
-            raise RecsysError(failed[0], f"[run] spark_master = {master}", failed[1])
-        time.sleep(.2)
+        if java.isStopped(): failed = _no_master(master)
+        elif found(): return
+        elif time.monotonic() > ends: failed = RecsysError(f"no worker offered its cores and memory within {seconds:.0f} s", f"[run] spark_master = {master}", "start workers, or free some of theirs")
+        else: time.sleep(.2); continue
+        context.stop()
+        raise failed
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #9edc9c98
 class Spark:
@@ -171,9 +180,10 @@ def check_memory(events: int, ids: int, available: int, engine: str):
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #01a1eb00
 def _learnt_from(engine: Engine, ingested: Path, settings: Settings) -> nw.LazyFrame:
-    "The events of an ingest without the flagged ones, prices in the shop's currency."
-    events = engine.scan(ingested/"events").filter(nw.col("flag").is_null())
-    return in_base(events, settings.data.currency, exchange_rates(settings.data.exchange_rates))
+    "The events of an ingest without the flagged ones, each in a session, prices in the shop's currency."
+    events = engine.scan(ingested/"events")
+    if len(events.filter(nw.col("session_id").is_null()).select("session_id").head(1).collect()): events = with_sessions(events, settings.data.session_gap_minutes)
+    return in_base(events.filter(nw.col("flag").is_null()), settings.data.currency, exchange_rates(settings.data.exchange_rates))
 
 def _dictionaries(engine: Engine, events: nw.LazyFrame, items: pl.DataFrame, out: Path):
     "Write items, users and sessions with their codes."
@@ -251,7 +261,7 @@ def offline_tables(ingested: str | Path, # a folder that `ingest` wrote
     ingested, out, step = Path(ingested), Path(out), on_step or (lambda name: None)
     account = read_json(ingested/"ingest.json")
     n, moment = account["rows"], int(datetime.fromisoformat(account["moment"]).timestamp())
-    check_memory(n, account["sessions"], free_memory(), engine.name)
+    check_memory(n, account.get("sessions", n), free_memory(), engine.name)
     events = _learnt_from(engine, ingested, settings)
     _dictionaries(engine, events, pl.read_parquet(ingested/"items.parquet"), out); step("dictionaries")
     _log(engine, events, out); step("log")
@@ -311,7 +321,7 @@ def feature_store(ingested: str | Path, out: str | Path, settings: Settings) -> 
     "Both halves of the feature store as of an ingest's moment: `out`/offline (Parquet, ids of the shop) and `out`/online (arrays). Rows by entity."
     ingested, out, engine, account = Path(ingested), Path(out), Polars(), read_json(Path(ingested)/"ingest.json")
     moment = int(datetime.fromisoformat(account["moment"]).timestamp())
-    check_memory(account["rows"], account["sessions"], free_memory(), engine.name)
+    check_memory(account["rows"], account.get("sessions", account["rows"]), free_memory(), engine.name)
     items, events = pl.read_parquet(ingested/"items.parquet"), _learnt_from(engine, ingested, settings)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as tmp:
         tmp = Path(tmp)
