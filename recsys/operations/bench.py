@@ -17,13 +17,13 @@ import numpy as np
 import polars as pl
 import psutil
 
-from ..candidates.pipeline import Polars, Spark, offline_tables, read_table
+from ..candidates.pipeline import SIDES, Polars, Spark, offline_tables, read_table
 from ..core.files import read_json, write_json
 from ..core.settings import RecsysError, Settings, load_settings
 from ..data.ingest import ingest
 from ..data.simulator import simulate
 from ..features.definitions import LIVE_NAMES, PROGRAM
-from ..features.formulas import DAY, finish
+from ..features.formulas import DAY, ENTITIES, finish
 from ..features.live import replay
 from ..features.store import OfflineStore, entity_features, entity_table
 from .peers import compare, compare_joins, feast_join, need, our_join, pandas_path
@@ -209,12 +209,12 @@ def _parity(meter, settings: str, **task) -> dict:
     return said
 
 # %% ../../nbs/9_operations/10_bench.ipynb #dfbf09b0
-def _pandas(meter, settings: str, shop: str, out: str, path: dict) -> dict:
-    "The path in pandas, for the rows of `path`."
+def _pandas(meter, settings: str, shop: str, out: str, path: dict, usual: bool = False) -> dict:
+    "The path in pandas, careful or usual, for the rows of `path`."
     pandas = need("pandas")
     s, moment = load_settings(settings), datetime.fromisoformat(path["moment"])
     meter("start")
-    return pandas_path(shop, out, datetime.now(timezone.utc), moment, s, path["since"], path["until"], path["negatives"], path["one_in"], meter) | dict(version=pandas.__version__)
+    return pandas_path(shop, out, datetime.now(timezone.utc), moment, s, path["since"], path["until"], path["negatives"], path["one_in"], meter, usual) | dict(version=pandas.__version__)
 
 def _floor(meter, settings: str, shop: str, out: str) -> dict:
     "Read a shop's log and keep it by day, in polars: less than any ingest does."
@@ -223,6 +223,11 @@ def _floor(meter, settings: str, shop: str, out: str) -> dict:
     events.with_columns(day=pl.col("ts").dt.date()).sink_parquet(pl.PartitionBy(out, key="day"), compression="lz4", mkdir=True)
     meter("floor")
     return {}
+
+def _same_values(careful: str | Path, usual: str | Path) -> float:
+    "The share of integers that are the same in two folders of `pandas_path`."
+    a, b = (np.load(Path(folder)/"sums.npy", allow_pickle=False) for folder in (careful, usual))
+    return float((a == b).mean())
 
 def _compare(meter, settings: str, ours: str, theirs: str) -> dict:
     "Our tables beside theirs."
@@ -299,12 +304,16 @@ class _Run:
         return self.do("parity", out=self.folder/f"{name}-tables"/"out", most_events=most_events, most_rows=most_rows, seed=self.seed)
 
 # %% ../../nbs/9_operations/10_bench.ipynb #7099195b
+def _cpu_of(part: dict, stages: tuple) -> float: return sum(s["cpu_seconds"] for s in part["stages"] if s["stage"] in stages)
+
 def _beside_pandas(run: _Run, name: str, path: dict) -> dict:
     "The path in pandas beside ours, on the same shop."
-    theirs = run.do("pandas", shop=run.folder/name, out=run.folder/f"{name}-pandas", path=path["said"])
-    same = run.do("compare", ours=run.folder/f"{name}-tables"/"out", theirs=run.folder/f"{name}-pandas")["said"]
+    where = dict(careful=run.folder/f"{name}-pandas", usual=run.folder/f"{name}-usual")
+    theirs, usual = (run.do("pandas", shop=run.folder/name, out=out, path=path["said"], usual=side == "usual") for side, out in where.items())
+    same = run.do("compare", ours=run.folder/f"{name}-tables"/"out", theirs=where["careful"])["said"]
     floor, n = run.do("floor", shop=run.folder/name, out=run.folder/f"{name}-floor"), path["said"]["rows_read"]
-    return dict(events=n, floor_cpu_seconds=counted(floor), version=theirs["said"]["version"], ours=_figures(path, n), theirs=_figures(theirs, n), ratio=counted(theirs) / counted(path), **same)
+    return dict(events=n, floor_cpu_seconds=counted(floor), version=theirs["said"]["version"], ours=_figures(path, n), theirs=_figures(theirs, n), ratio=counted(theirs) / counted(path),
+                usual=_figures(usual, n) | dict(ratio=counted(usual) / counted(path), features_ratio=_cpu_of(usual, (*ENTITIES, "features")) / _cpu_of(path, (*SIDES, "table", "read")), same_values=_same_values(*where.values())), **same)
 
 def _beside_feast(run: _Run, name: str, rows: int, columns: int = 10, max_age_days: float = 30.) -> dict:
     "Feast's join beside ours, on the same rows; the better of two calls each."

@@ -32,10 +32,10 @@ def times_linear(events, seconds, low: float = 5e6, high: float = 5e7) -> float 
     return float(np.exp(at(high) - at(low)) / (high / low))
 
 # %% ../../nbs/9_operations/11_figures.ipynb #c62aa42e
-PROMISES = dict(equal=1, events_per_cpu_second=100_000, peak_rss_mb=8192, times_linear=1.15, pandas=10, feast=20, simulator=500_000)
+PROMISES = dict(equal=1, events_per_cpu_second=100_000, peak_rss_mb=8192, times_linear=1.15, usual=10, pandas=10, feast=20, simulator=500_000)
 AT_MOST = ("peak_rss_mb", "times_linear") # the others: at least
 WORDS = dict(equal="online = offline, pandas and Feast equal, in every run", events_per_cpu_second="events per CPU second, whole path", peak_rss_mb="peak memory, MB",
-             times_linear="growth of time from 5 M to 50 M, × linear", pandas="pandas' CPU seconds over ours", feast="Feast's CPU seconds over ours, point-in-time join",
+             times_linear="growth of time from 5 M to 50 M, × linear", usual="usual pandas' CPU seconds over ours", pandas="hand-optimised pandas' CPU seconds over ours", feast="Feast's CPU seconds over ours, point-in-time join",
              simulator="simulated events per CPU second")
 
 def largest_peer(figures: list[dict], peer: str) -> dict | None:
@@ -49,6 +49,7 @@ def promises(figures: list[dict]) -> list[dict]: # promise, measured, wanted, ke
     found = dict(equal=float(all(said)) if said else None, events_per_cpu_second=largest["events_per_cpu_second"], peak_rss_mb=largest["peak_rss_mb"],
                  times_linear=times_linear([f["events"] for f in figures], [f["cpu_seconds"] for f in figures]), simulator=largest["simulate"]["events_per_cpu_second"])
     found |= {peer: c and c["ratio"] for peer in ("pandas", "feast") for c in [largest_peer(figures, peer)]}
+    found["usual"] = (largest_peer(figures, "pandas") or {}).get("usual", {}).get("ratio")
     kept = lambda k, v: None if v is None else bool(v <= PROMISES[k]) if k in AT_MOST else bool(v >= PROMISES[k])
     return [dict(promise=WORDS[k], measured=found[k], wanted=f"{'≤' if k in AT_MOST else '≥'} {w:,g}", kept=kept(k, found[k])) for k, w in PROMISES.items()]
 
