@@ -105,13 +105,14 @@ def test_baselines_are_those_of_a_plain_loop():
 def test_the_command_measures_and_says_so(tmp_path, monkeypatch, capsys):
     lists = histories(); pl.DataFrame(dict(user=range(len(lists)), items=[[i + 100 for i in h] for h in lists])).write_parquet(tmp_path/"s.parquet")
     pl.DataFrame(dict(item=range(100, 100 + ITEMS), attributes=[[i // 6] for i in range(ITEMS)])).write_parquet(tmp_path/"a.parquet")
-    monkeypatch.setattr("recsys.core.settings.load_settings", quick)
+    monkeypatch.setattr("recsys.core.settings.load_settings", quick); monkeypatch.setenv("RECSYS_PATHS_REPORTS", str(tmp_path/"reports"))
     assert main(["bench", "sequences", "--sequences", str(tmp_path/"s.parquet"), "--attributes", str(tmp_path/"a.parquet"), "--out", str(tmp_path/"out.json")]) == 0
     said = json.loads((tmp_path/"out.json").read_text())
     assert {"n_cases", "hit_rate@10", "ndcg@10", "hit_rate@10_interval", "seconds_learning", "seconds_answering", "peak_rss_mb", "baselines", "sources", "comparison", "chosen"} <= said.keys()
     assert said["n_cases"] == len(lists) and {"popularity", "transitions", "item_item"} == said["baselines"].keys() and {"attention", "content"} <= said["sources"].keys()
     assert said["hit_rate@10"] > said["baselines"]["popularity"]["hit_rate@10"] and said["comparison"]["ndcg@10"]["low"] < said["comparison"]["ndcg@10"]["high"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "out.json", "s.parquet"], "the states of the training are gone"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "out.json", "reports", "s.parquet"], "the states of the training are gone"
+    assert f"{tmp_path.name}/s.parquet" in (tmp_path/"reports/benchmarks/next_item.html").read_text()
     without = bench_sequences(tmp_path/"s.parquet", tmp_path/"without.json", None, quick())
     assert "content" not in without["sources"] and without["n_attributes"] == 0
     again = bench_sequences(tmp_path/"s.parquet", tmp_path/"again.json", None, quick())

@@ -18,7 +18,7 @@ from ..core.files import write_json
 from ..core.settings import RecsysError, Settings, as_dict, load_settings
 from ..evaluation.next_item import against, figures, next_item_metrics
 from .bench import _own_peak, machine
-from .bench_sessions import _plain
+from .bench_sessions import _plain, data_name
 from ..ranking.session_ranker import Answer
 from ..ranking.sequence_ranker import LastTwo, SequenceModel, answer_sequences, attention_maker, content_source, fit_sequences, last_two, read_attributes, unseen
 
@@ -66,7 +66,7 @@ def bench_sequences(sequences: str | Path, # Parquet with the column items (list
     a = answer_sequences(model, cut.test, k, settings)
     answered = time.perf_counter()
     say("baselines and intervals")
-    said = _said(model, a, cut, len(ids), k, settings) | dict(name="sequences", k=k, seed=settings.run.seed, n_attributes=n_attributes, floor=floor, seconds=time.perf_counter() - at, seconds_learning=learnt - at,
+    said = _said(model, a, cut, len(ids), k, settings) | dict(name="sequences", data=data_name(sequences), k=k, seed=settings.run.seed, n_attributes=n_attributes, floor=floor, seconds=time.perf_counter() - at, seconds_learning=learnt - at,
         seconds_answering=answered - learnt, peak_rss_mb=_own_peak(), measured=began.isoformat(timespec="seconds"), threads=settings.run.threads, machine=machine())
     write_json(out, said)
     shutil.rmtree(folder, ignore_errors=True)

@@ -267,22 +267,26 @@ def _bench_sessions(a):
     from rich.console import Console
     from recsys.core.settings import load_settings
     from recsys.operations.bench_sessions import bench_sessions
+    from recsys.operations.figures import bench_page
+    s = load_settings()
     with Console(stderr=True).status("measuring") as status:
-        said = bench_sessions(a.train, a.test, a.out, load_settings(), a.k, say=lambda note: status.update(f"measuring: {note}"))
+        said = bench_sessions(a.train, a.test, a.out, s, a.k, say=lambda note: status.update(f"measuring: {note}"))
     hit, mrr = f"hit_rate@{a.k}", f"mrr@{a.k}"
     print(f"{said['n_cases']:,} cases: {hit} {said[hit]:.4f}, {mrr} {said[mrr]:.4f}; best single source ({said['comparison']['source']}): {said['sources'][said['comparison']['source']][hit]:.4f}. "
-          f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {a.out}")
+          f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {bench_page('next_item', s, [a.out])}")
     return 0
 
 def _bench_sequences(a):
     from rich.console import Console
     from recsys.core.settings import load_settings
     from recsys.operations.bench_sequences import bench_sequences
+    from recsys.operations.figures import bench_page
+    s = load_settings()
     with Console(stderr=True).status("measuring") as status:
-        said = bench_sequences(a.sequences, a.out, a.attributes, load_settings(), a.k, say=lambda note: status.update(f"measuring: {note}"))
+        said = bench_sequences(a.sequences, a.out, a.attributes, s, a.k, say=lambda note: status.update(f"measuring: {note}"))
     best, hit, ndcg = said["sources"][said["comparison"]["source"]], f"hit_rate@{a.k}", f"ndcg@{a.k}"
     print(f"{said['n_cases']:,} cases: {hit} {said[hit]:.4f}, {ndcg} {said[ndcg]:.4f}; best single source ({said['comparison']['source']}): {best[hit]:.4f}, {best[ndcg]:.4f}. "
-          f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {a.out}")
+          f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {bench_page('next_item', s, [a.out])}")
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
