@@ -2285,6 +2285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'recsys.ranking.ranker._check': ('4_ranking/ranker.html#_check', 'recsys/ranking/ranker.py'),
                                        'recsys.ranking.ranker._common': ('4_ranking/ranker.html#_common', 'recsys/ranking/ranker.py'),
                                        'recsys.ranking.ranker._dataset': ('4_ranking/ranker.html#_dataset', 'recsys/ranking/ranker.py'),
+                                       'recsys.ranking.ranker._missed': ('4_ranking/ranker.html#_missed', 'recsys/ranking/ranker.py'),
                                        'recsys.ranking.ranker.as_served': ('4_ranking/ranker.html#as_served', 'recsys/ranking/ranker.py'),
                                        'recsys.ranking.ranker.columns_of': ('4_ranking/ranker.html#columns_of', 'recsys/ranking/ranker.py'),
                                        'recsys.ranking.ranker.fit_both': ('4_ranking/ranker.html#fit_both', 'recsys/ranking/ranker.py'),

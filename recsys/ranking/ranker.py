@@ -81,6 +81,10 @@ def _common(training: list[Rows], validation: Rows, names: tuple[str, ...], how:
     levels = levels_of(np.concatenate([gain_of(p) for p in (*training, validation)]))
     return parameters(**how) | dict(label_gain=[0.0, *(levels / levels[0])]), levels, columns_of(names, *training, validation)
 
+def _missed(rows: Rows) -> float:
+    "The share of cases with nothing wanted among their rows."
+    return 1 - len(np.unique(np.repeat(np.arange(len(rows.size)), rows.size)[gain_of(rows) > 0])) / len(rows.size)
+
 def grow(training: list[Rows], validation: Rows, trees: int, early_stopping: int, on_tree=None, names: tuple[str, ...] = NAMES, **how):
     """The first fit: a Booster from `training` alone, as long as its NDCG on `validation` (given in full) grows, and that curve, [(tree, value)].
 
@@ -91,7 +95,8 @@ def grow(training: list[Rows], validation: Rows, trees: int, early_stopping: int
     tick = [lambda env: on_tree(env.iteration + 1)] if on_tree else []
     booster = lgb.train(params, _dataset(lgb, *same, *training), trees, valid_sets=[_dataset(lgb, *same, validation)], valid_names=["validation"],
                         callbacks=[lgb.early_stopping(early_stopping, verbose=False), lgb.record_evaluation(history), *tick])
-    return booster, list(enumerate(map(float, history["validation"][f"ndcg@{how['cutoff']}"]), 1))
+    missed = _missed(validation) # LightGBM gives a list with nothing wanted 1, we give it 0
+    return booster, [(tree, float(value) - missed) for tree, value in enumerate(history["validation"][f"ndcg@{how['cutoff']}"], 1)]
 
 # %% ../../nbs/4_ranking/02_ranker.ipynb #5c81b269
 class Fit(NamedTuple):

@@ -170,8 +170,7 @@ def fit_sequences(cut: LastTwo, n_items: int, k: int, settings: Settings, floor:
     say("trees")
     booster, curve = fit_ranker(grow, watch, r.trees, r.early_stopping_rounds, c.negatives, names=sources.names, leaves=r.leaves, learning_rate=r.learning_rate,
                                 min_rows_in_leaf=r.min_rows_in_leaf, cutoff=k, seed=seed, threads=settings.run.threads)
-    missed = 1 - len(np.unique(np.repeat(np.arange(len(watch.size)), watch.size)[watch.bought > 0])) / len(watch.size)  # LightGBM gives a list without its answer 1, we give it 0
-    return SequenceModel(sources, booster, dict(curve=[(tree, value - missed) for tree, value in curve], training_cases=sum(len(g.size) for g in grow), training_rows=sum(len(g.ids) for g in grow)))
+    return SequenceModel(sources, booster, dict(curve=curve, training_cases=sum(len(g.size) for g in grow), training_rows=sum(len(g.ids) for g in grow)))
 
 # %% ../../nbs/4_ranking/08_sequence_ranker.ipynb #1c129870
 def answer_sequences(model: SequenceModel, cases: Cases, k: int, settings: Settings) -> Answer:
