@@ -226,7 +226,7 @@ def in_dollars():
 
 def test_everybody_s_values_stand_under_their_own_id_and_in_the_shop_s_currency(ingested, tmp_path):
     "Counted again from the events, by their ids and without any code."
-    pipeline.feature_store(ingested, tmp_path/"store", in_dollars())
+    pipeline.feature_store(ingested, tmp_path/"store", pipeline.Polars(), in_dollars())
     end = datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"])
     ever = pl.read_parquet(ingested/"events"/"**/*.parquet").filter(pl.col("flag").is_null(), pl.col("consent"), pl.max_horizontal("ts", "received_ts") < end)
     ever = ever.join(pl.read_parquet(ingested/"items.parquet").select("item_id", "category"), on="item_id").with_columns(user=pl.coalesce("user_id", "visitor_id"), item="item_id", session="session_id")

@@ -317,16 +317,16 @@ def read_table(out: str | Path) -> tuple[pl.DataFrame, np.ndarray]:
     return table.select("row", "user", "item", "category", "session", "t", "label"), finish(PROGRAM, sums, table["t"].to_numpy())
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #34d490d8
-def feature_store(ingested: str | Path, out: str | Path, settings: Settings) -> dict[str, int]:
+def feature_store(ingested: str | Path, out: str | Path, engine: Engine, settings: Settings) -> dict[str, int]:
     "Both halves of the feature store as of an ingest's moment: `out`/offline (Parquet, ids of the shop) and `out`/online (arrays). Rows by entity."
-    ingested, out, engine, account = Path(ingested), Path(out), Polars(), read_json(Path(ingested)/"ingest.json")
+    ingested, out, account = Path(ingested), Path(out), read_json(Path(ingested)/"ingest.json")
     moment = int(datetime.fromisoformat(account["moment"]).timestamp())
     check_memory(account["rows"], account.get("sessions", account["rows"]), free_memory(), engine.name)
     items, events = pl.read_parquet(ingested/"items.parquet"), _learnt_from(engine, ingested, settings)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as tmp:
         tmp = Path(tmp)
         _dictionaries(engine, events, items, tmp); _log(engine, events, tmp)
-        by_code = lambda name, code, id: pl.read_parquet(tmp/name/"part-0.parquet").sort(code)[id] # an engine writes rows in any order
+        by_code = lambda name, code, id: pl.read_parquet(sorted((tmp/name).glob("*.parquet"))).sort(code)[id] # an engine writes rows in any order
         categories = by_code("items", "item", "category").to_numpy()
         paths = items["category"].fill_null("?").gather(np.unique(categories, return_index=True)[1])
         ids = dict(user=by_code("users", "user", "who"), item=by_code("items", "item", "item_id"), session=by_code("sessions", "session", "session_id"), category=paths)

@@ -236,13 +236,13 @@ def _features_build(a):
 
 def _features_feast(a):
     import shutil
-    from recsys.candidates.pipeline import feature_store
+    from recsys.candidates.pipeline import engine_of, feature_store
     from recsys.core.files import atomic_dir
     from recsys.core.settings import load_settings
     from recsys.features.feast_repo import feast_repository
     s, out = load_settings(), _new(a.out)
     try:
-        with atomic_dir(out/"store") as tmp: feature_store(_ingested(s), tmp/"new", s)
+        with atomic_dir(out/"store") as tmp: feature_store(_ingested(s), tmp/"new", engine_of(s), s)
         said = feast_repository(out/"repository", out/"store"/"new"/"offline", a.online)
     except BaseException:  # the repository holds its own address and is made in its place: half of one would bar the next try
         shutil.rmtree(out, ignore_errors=True)
