@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import narwhals as nw
 import numpy as np, polars as pl, psutil, pytest
+from hypothesis import given, settings as hypothesis_settings, strategies as st
 from polars.testing import assert_frame_equal
 
-from recsys.candidates.pipeline import Polars, Spark, _cause, check_memory, engine_of, free_memory, offline_tables, read_table
+from recsys.candidates.pipeline import Polars, Spark, _cause, _learnt_from, check_memory, engine_of, feature_store, free_memory, offline_tables, read_table
 from recsys.core.files import read_json
 from recsys.core.settings import RecsysError, load_settings
+from recsys.data.events import Sessions, conform
 from recsys.data.ingest import ingest
 from recsys.data.simulator import simulate
 from recsys.features.offline import PRIME, _chance, codes, log_of, with_seconds, with_sessions
@@ -123,6 +125,59 @@ def test_sessions_are_those_of_ingest(shop):
     assert both.with_columns(got=pl.when(FOUND).then(pl.col("got").map_elements(ingest_s, return_dtype=pl.String)).otherwise("got")).select((pl.col("got") == pl.col("session_id")).all()).item()
     assert set(events["session_id"].unique()) >= set(table(out, "sessions")["session_id"])
 
+# ---- sessions, found as ingest finds them
+
+GAP = 30 * 60 * 10**6
+PAUSES = [0, 1, GAP - 1, GAP, GAP + 1, GAP // 3, 5 * GAP, 98 * GAP]  # µs; the last one is two days and an hour
+
+def visits(steps: list[tuple[int, int, bool, int]], start: int = 1_711_838_000_000_001) -> pl.DataFrame:
+    "Events in order of time, from steps (pause since the last event of anybody in µs, visitor, does the shop name the session?, delay in h: after one hour it is flagged)."
+    us = np.cumsum([start, *(s[0] for s in steps)])[1:]
+    ts = pl.Series(us, dtype=pl.Int64).cast(pl.Datetime("us", "UTC"))
+    return conform(pl.DataFrame(dict(event_id=[f"{i * 7919 % 100_003}" for i in range(len(steps))], event_type="click", ts=ts, received_ts=ts + pl.Series([timedelta(hours=s[3]) for s in steps], dtype=pl.Duration("us")),
+        visitor_id=[("Ä v", "v", "𝒳", "ﬀ", "v ")[s[1]] for s in steps], item_id="i", flag=["robot" if s[3] == 1 else None for s in steps], session_id=[f"own {s[1]}" if s[2] else None for s in steps])))
+
+def streamed(df: pl.DataFrame, minutes: float) -> dict[str, str]:
+    "The session of each event that is not flagged as ingest finds it, a day at a time."
+    days = Sessions(minutes)
+    found = pl.concat([days.fill(part) for _, part in df.group_by(pl.col("ts").dt.date(), maintain_order=True)])
+    return dict(found.filter(pl.col("flag").is_null()).select("event_id", "session_id").rows())
+
+def by_engine(engine, df: pl.DataFrame, folder: Path, minutes: float) -> dict[str, str]:
+    "The same as an engine finds it, in a log of three files in no order; by ingest's ids."
+    (folder/"events").mkdir(parents=True)
+    df = df.sample(fraction=1, shuffle=True, seed=len(df))
+    for k in range(3): df[k::3].write_parquet(folder/"events"/f"{k}.parquet")
+    found = _learnt_from(engine, folder, SimpleNamespace(data=SimpleNamespace(currency="", exchange_rates=(), session_gap_minutes=minutes)))
+    return {e: s if s.startswith("own") else ingest_s(s) for e, s in found.select("event_id", "session_id").collect("polars").to_native().rows()}
+
+def random_visits(n: int = 3000) -> pl.DataFrame:
+    rng = np.random.default_rng(1)
+    pauses = np.where(rng.random(n) < .5, rng.choice(PAUSES[:6], n), rng.integers(0, 2 * GAP, n))
+    pauses[rng.integers(0, n, 15)] = PAUSES[-1]
+    return visits([*zip(pauses.tolist(), rng.choice(5, n, p=[.6, .1, .1, .1, .1]).tolist(), (rng.random(n) < .1).tolist(), rng.choice([0, 0, 0, 1, 50], n).tolist())])
+
+@given(st.lists(st.tuples(st.sampled_from(PAUSES), st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from([False, False, False, True]), st.sampled_from([0, 0, 1, 50])), min_size=1, max_size=40), st.sampled_from([30, 30, 30, .5, 2.01, 1e-6]))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_sessions_of_any_visits(tmp_path_factory, steps, minutes):
+    df = visits(steps)
+    assert by_engine(Polars(), df, tmp_path_factory.mktemp("visits"), minutes) == streamed(df, minutes)
+
+def test_a_gap_of_any_fraction_of_a_minute(tmp_path):
+    "2.01 minutes are 120.6 s, but 120,599,999.99… µs in floating point."
+    assert int(2.01 * 60_000_000) < 120_600_000
+    df = visits([(120_600_000, 0, False, 0)] * 5)
+    assert by_engine(Polars(), df, tmp_path, 2.01) == streamed(df, 2.01) and len(set(streamed(df, 2.01).values())) == 1
+
+def test_random_visits_and_what_can_go_wrong_in_them(tmp_path):
+    df = random_visits()
+    bare = df.filter(pl.col("session_id").is_null()).with_columns(pause=pl.col("ts").diff().over("visitor_id").dt.total_microseconds())
+    made = pl.Series(streamed(df, 30).values()).unique()
+    assert min((bare["pause"] == p).sum() for p in PAUSES[:2] + PAUSES[3:5]) > 30 and (bare["pause"] > 96 * GAP).any()
+    assert ((bare["ts"].dt.date() != bare["ts"].dt.date().shift()) & (bare["pause"] <= GAP)).any()
+    assert (df["received_ts"] > df["ts"]).any() and made.str.starts_with("s-").sum() > 300 and made.str.starts_with("own").sum() == 5 and df["flag"].count() > 300
+    assert by_engine(Polars(), df, tmp_path, 30) == streamed(df, 30)
+
 # ---- on one machine
 
 @pytest.fixture(scope="class")
@@ -136,6 +191,20 @@ class TestOnOneMachine:
     def test_every_table_is_that_of_polars(self, spark, shop):
         d, end, wanted = shop
         assert_same(run(spark, d, end, "spark"), wanted)
+
+    def test_sessions_are_those_of_ingest(self, spark, tmp_path):
+        assert by_engine(spark, random_visits(), tmp_path, 30) == streamed(random_visits(), 30)
+
+    @pytest.mark.bench
+    def test_both_halves_of_the_store_are_those_of_polars(self, spark, shop, tmp_path):
+        d, _, _ = shop
+        for e in (spark, Polars()): (tmp_path/e.name).mkdir(); said = feature_store(d/"in", tmp_path/e.name/"store", e, load_settings(ROOT/"settings.ini"))
+        assert min(said.values()) > 3
+        a, b = ({p.relative_to(tmp_path/e): p for p in (tmp_path/e).rglob("*") if p.is_file()} for e in ("spark", "polars"))
+        assert a.keys() == b.keys() and {p.suffix for p in a} == {".parquet", ".npy", ".json"}
+        for name in a:
+            if name.suffix == ".parquet": assert_frame_equal(pl.read_parquet(a[name]), pl.read_parquet(b[name]), check_exact=True)
+            else: assert a[name].read_bytes() == b[name].read_bytes(), name
 
     def test_seconds_are_floored_before_1970_and_far_ahead(self, spark, tmp_path):
         us = [-10**15 - 1, -1_000_001, -1_000_000, -999_999, -1, 0, 1, 999_999, 1_711_846_799_999_999, 10**17 - 1, None]
@@ -248,7 +317,7 @@ class TestOnACluster:
     def test_a_master_without_workers_is_not_waited_for_for_ever(self, cluster):
         with pytest.raises(RecsysError, match="no worker offered its cores and memory within 2 s"): Spark(cluster.url, wait=2)
 
-    def test_every_table_is_that_of_polars(self, cluster, shop, monkeypatch):
+    def test_every_table_is_that_of_polars(self, cluster, shop, monkeypatch, tmp_path):
         d, end, wanted = shop
         cluster.workers(2)
         monkeypatch.setenv("RECSYS_RUN_ENGINE", "spark"); monkeypatch.setenv("RECSYS_RUN_SPARK_MASTER", cluster.url)
@@ -257,6 +326,7 @@ class TestOnACluster:
             assert engine.session.sparkContext.master == cluster.url and engine.session.conf.get("spark.sql.shuffle.partitions") == "2"
             cluster.until(lambda: [w["coresused"] for w in cluster.state()["workers"]] == [1, 1])
             assert_same(run(engine, d, end, "cluster"), wanted)
+            assert by_engine(engine, random_visits(), tmp_path, 30) == streamed(random_visits(), 30)
             found = engine.session.sparkContext._jsc.sc().statusStore().executorList(True)
             tasks = {e.hostPort(): e.completedTasks() for e in map(found.apply, range(found.size())) if e.id() != "driver"}
             assert len(tasks) == 2 and min(tasks.values()) > 20 and sum(e.failedTasks() for e in map(found.apply, range(found.size()))) == 0

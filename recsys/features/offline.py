@@ -7,6 +7,8 @@ __all__ = ['LOG', 'MARKS', 'PRIME', 'codes', 'with_seconds', 'log_of', 'in_base'
            'purchases_of', 'training_rows']
 
 # %% ../../nbs/2_features/04_offline.ipynb #e86f3fb1
+from datetime import timedelta
+
 import narwhals as nw
 import numpy as np
 import polars as pl
@@ -67,7 +69,7 @@ def with_sessions(events: nw.LazyFrame, gap_minutes: float) -> nw.LazyFrame:
     columns, unknown, mine = events.collect_schema().names(), nw.col("session_id").is_null(), dict(order_by=["us", "event_id"])
     rows = _with_micros(events.filter(unknown))
     pause = nw.col("us") - nw.col("us").shift(1).over("visitor_id", **mine)
-    rows = rows.with_columns(begin=nw.when(pause.is_null() | (pause > int(gap_minutes * 60_000_000))).then(nw.col("us")).otherwise(nw.lit(NEVER["last"], nw.Int64)))
+    rows = rows.with_columns(begin=nw.when(pause.is_null() | (pause > timedelta(minutes=gap_minutes) // timedelta(microseconds=1))).then(nw.col("us")).otherwise(nw.lit(NEVER["last"], nw.Int64)))
     rows = rows.with_columns(begin=nw.col("begin").cum_max().over("visitor_id", **mine))
     rows = rows.with_columns(session_id=nw.concat_str(nw.col("begin").cast(nw.String), nw.col("visitor_id"), separator=" "))
     return nw.concat([events.filter(~unknown), rows.select(columns)], how="vertical")
