@@ -66,7 +66,8 @@ def test_pandas_does_the_same_work_and_comes_to_the_same_values(figures):
     assert 0 < p["floor_cpu_seconds"] < p["ours"]["cpu_seconds"]
     assert p["rows"] == figures["shop"]["training_rows"] and p["pairs"] == figures["shop"]["pairs"] > 100 and p["differing"] == [] and p["same_bits"] > .999
     u = p["usual"]  # one clock: late events stay in a window for too long, all else is the same
-    assert .99 < u["same_values"] < 1 and u["ratio"] == pytest.approx(u["cpu_seconds"] / p["ours"]["cpu_seconds"]) and u["features_ratio"] > p["ratio"]
+    assert .99 < u["same_values"] < 1 and u["ratio"] == pytest.approx(u["cpu_seconds"] / p["ours"]["cpu_seconds"]) and u["features_ratio"] > p["features_ratio"] > 0
+    assert u["only_windows"] is True and 0 < u["same_rows"] < u["same_values"]
     assert p["ratio"] == pytest.approx(p["theirs"]["cpu_seconds"] / p["ours"]["cpu_seconds"]) and p["ours"]["cpu_seconds"] == figures["cpu_seconds"]
 
 def test_feast_keeps_our_values_and_drops_only_what_nobody_knows(figures):
@@ -120,6 +121,20 @@ def test_both_ways_of_pandas_agree_where_nothing_comes_late(data):
     rows, quiet = data.draw(brute.asked(pl.from_pandas(log))).to_pandas(), lambda name: None
     prompt = _marked(log.assign(known=log["ts"]).sort_values(["ts", "event_id"], ignore_index=True))
     assert np.array_equal(_aggregates(prompt, rows, quiet, _usual), _aggregates(prompt, rows, quiet, _careful))
+    usual, careful = (_aggregates(_marked(log), rows, quiet, side) for side in (_usual, _careful)) # late events leave a window late, and nothing else is off
+    slides = np.array([a.seconds > 0 for a in bench.PROGRAM.aggregates])
+    assert np.array_equal(usual[:, ~slides], careful[:, ~slides]) and (usual >= careful).all()
+
+def test_how_far_two_sides_agree_can_fall(tmp_path):
+    aggregates, sums = bench.PROGRAM.aggregates, np.ones((4, len(bench.PROGRAM.aggregates)), np.int64)
+    slides = [a.seconds > 0 for a in aggregates]
+    for name, at in dict(same=None, window=slides.index(True), ever=slides.index(False)).items():
+        off = sums.copy()
+        if at is not None: off[2, at] += 1
+        (tmp_path/name).mkdir(); np.save(tmp_path/name/"sums.npy", off)
+    said = {name: bench._same_values(tmp_path/"same", tmp_path/name) for name in ("same", "window", "ever")}
+    assert said["same"] == dict(same_values=1, same_rows=1, only_windows=True) and [said[n]["only_windows"] for n in ("window", "ever")] == [True, False]
+    assert said["window"]["same_rows"] == .75 and said["window"]["same_values"] == pytest.approx(1 - 1 / sums.size)
 
 def test_what_was_not_compared_is_not_called_equal(): assert verdict(dict(parity="not checked", pandas="not checked")) is None
 

@@ -224,10 +224,11 @@ def _floor(meter, settings: str, shop: str, out: str) -> dict:
     meter("floor")
     return {}
 
-def _same_values(careful: str | Path, usual: str | Path) -> float:
-    "The share of integers that are the same in two folders of `pandas_path`."
+def _same_values(careful: str | Path, usual: str | Path) -> dict: # same_values, same_rows (shares), only_windows
+    "How many integers are the same in two folders of `pandas_path`, in how many rows all of them, and is nothing off but windows?"
     a, b = (np.load(Path(folder)/"sums.npy", allow_pickle=False) for folder in (careful, usual))
-    return float((a == b).mean())
+    same, ever = a == b, [not x.seconds for x in PROGRAM.aggregates]
+    return dict(same_values=float(same.mean()), same_rows=float(same.all(axis=1).mean()), only_windows=bool(same[:, ever].all()))
 
 def _compare(meter, settings: str, ours: str, theirs: str) -> dict:
     "Our tables beside theirs."
@@ -311,9 +312,10 @@ def _beside_pandas(run: _Run, name: str, path: dict) -> dict:
     where = dict(careful=run.folder/f"{name}-pandas", usual=run.folder/f"{name}-usual")
     theirs, usual = (run.do("pandas", shop=run.folder/name, out=out, path=path["said"], usual=side == "usual") for side, out in where.items())
     same = run.do("compare", ours=run.folder/f"{name}-tables"/"out", theirs=where["careful"])["said"]
+    alone = lambda part: _cpu_of(part, (*ENTITIES, "features")) / _cpu_of(path, (*SIDES, "table", "read"))
     floor, n = run.do("floor", shop=run.folder/name, out=run.folder/f"{name}-floor"), path["said"]["rows_read"]
     return dict(events=n, floor_cpu_seconds=counted(floor), version=theirs["said"]["version"], ours=_figures(path, n), theirs=_figures(theirs, n), ratio=counted(theirs) / counted(path),
-                usual=_figures(usual, n) | dict(ratio=counted(usual) / counted(path), features_ratio=_cpu_of(usual, (*ENTITIES, "features")) / _cpu_of(path, (*SIDES, "table", "read")), same_values=_same_values(*where.values())), **same)
+                usual=_figures(usual, n) | dict(ratio=counted(usual) / counted(path), features_ratio=alone(usual), **_same_values(*where.values())), features_ratio=alone(theirs), **same)
 
 def _beside_feast(run: _Run, name: str, rows: int, columns: int = 10, max_age_days: float = 30.) -> dict:
     "Feast's join beside ours, on the same rows; the better of two calls each."
