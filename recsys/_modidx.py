@@ -1839,6 +1839,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'recsys/operations/bench_sequences.py'),
                                                    'recsys.operations.bench_sequences.bench_sequences': ( '9_operations/bench_sequences.html#bench_sequences',
                                                                                                           'recsys/operations/bench_sequences.py'),
+                                                   'recsys.operations.bench_sequences.peer_lists': ( '9_operations/bench_sequences.html#peer_lists',
+                                                                                                     'recsys/operations/bench_sequences.py'),
                                                    'recsys.operations.bench_sequences.sequence_baselines': ( '9_operations/bench_sequences.html#sequence_baselines',
                                                                                                              'recsys/operations/bench_sequences.py')},
             'recsys.operations.bench_sessions': { 'recsys.operations.bench_sessions._account': ( '9_operations/bench_sessions.html#_account',
