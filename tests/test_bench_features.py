@@ -134,6 +134,8 @@ def test_how_far_two_sides_agree_can_fall(tmp_path):
         (tmp_path/name).mkdir(); np.save(tmp_path/name/"sums.npy", off)
     said = {name: bench._same_values(tmp_path/"same", tmp_path/name) for name in ("same", "window", "ever")}
     assert said["same"] == dict(same_values=1, same_rows=1, only_windows=True) and [said[n]["only_windows"] for n in ("window", "ever")] == [True, False]
+    assert bench._same_values(tmp_path/"window", tmp_path/"same")["only_windows"] is False # a window that counts less is wrong
+    assert [verdict(dict(pandas=dict(equal=True, usual=said[n]))) for n in ("same", "window", "ever")] == [True, True, False]
     assert said["window"]["same_rows"] == .75 and said["window"]["same_values"] == pytest.approx(1 - 1 / sums.size)
 
 def test_what_was_not_compared_is_not_called_equal(): assert verdict(dict(parity="not checked", pandas="not checked")) is None

@@ -34,7 +34,7 @@ def times_linear(events, seconds, low: float = 5e6, high: float = 5e7) -> float 
 # %% ../../nbs/9_operations/11_figures.ipynb #c62aa42e
 PROMISES = dict(equal=1, events_per_cpu_second=100_000, peak_rss_mb=8192, times_linear=1.15, usual=10, pandas=10, feast=20, simulator=500_000)
 AT_MOST = ("peak_rss_mb", "times_linear") # the others: at least
-WORDS = dict(equal="online = offline, pandas and Feast equal, in every run", events_per_cpu_second="events per CPU second, whole path", peak_rss_mb="peak memory, MB",
+WORDS = dict(equal="online = offline, hand-optimised pandas and Feast equal, in every run", events_per_cpu_second="events per CPU second, whole path", peak_rss_mb="peak memory, MB",
              times_linear="growth of time from 5 M to 50 M, × linear", usual="usual pandas' CPU seconds over ours", pandas="hand-optimised pandas' CPU seconds over ours", feast="Feast's CPU seconds over ours, point-in-time join",
              simulator="simulated events per CPU second")
 
