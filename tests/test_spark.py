@@ -374,6 +374,16 @@ def test_nothing_of_java_reaches_the_terminal(tmp_path):
     found = ask("local[2]", JAVA_HOME=str(tmp_path))
     assert found.returncode == 0 and found.stderr == "" and found.stdout.count("\n") == 1 and "Error: LinkageError" in found.stdout and "it needs Java 17 or newer" in found.stdout
 
+@needs_pyspark
+@needs_java
+def test_a_java_that_ends_without_a_word_is_started_again(tmp_path):
+    "The first start ends silently, the second is the real one."
+    java = tmp_path/"bin"/"java"
+    java.parent.mkdir()
+    java.write_text(f'#!/bin/sh\n[ -e {tmp_path}/tried ] && exec {shutil.which("java")} "$@"\ntouch {tmp_path}/tried\nexit 1\n'); java.chmod(0o755)
+    found = subprocess.run([sys.executable, "-c", ASK + "\nelse: print('started')", "local[1]"], capture_output=True, text=True, timeout=240, cwd=tmp_path, env={**os.environ, "JAVA_HOME": str(tmp_path)})
+    assert found.returncode == 0 and found.stdout.strip() == "started" and (tmp_path/"tried").exists(), found.stdout + found.stderr
+
 @pytest.mark.parametrize("text, cause", [("An error occurred\n: java.lang.X: why\n\tat a.b(C.java:1)", "java.lang.X: why"), ("", "no reason given"), ("[PATH_NOT_FOUND] none\nSQLSTATE: 42K03", "[PATH_NOT_FOUND] none"),
     ("An error\n: a.A: first\n\tat x\nCaused by: b.B: second\n\t... 3 more\nCaused by: c.C: third\n\tat y", "c.C: third"), ("x" * 1000, "x" * 400)])
 def test_the_cause_of_an_exception(text, cause): assert _cause(text) == cause

@@ -94,21 +94,34 @@ def _no_master(master: str) -> RecsysError:
     "Spark gave up a master: it stops its context, sometimes while that is still being made."
     return RecsysError("what listens there does not answer as a Spark master", f"[run] spark_master = {master}", "is it one, and of this version?")
 
+def _words(log: BinaryIO) -> list[str]:
+    "Lines of Java's log that speak of errors."
+    log.seek(0)
+    return [l for l in log.read().decode(errors="replace").splitlines() if ("Exception" in l or "rror" in l) and not l.startswith("\tat ")]
+
+def _java(memory, log: BinaryIO):
+    "A new Java machine; one that ends without a word is started again."
+    from pyspark.errors import PySparkRuntimeError
+    from pyspark.java_gateway import launch_gateway
+    for pause in (3, 10, None):
+        try: return launch_gateway(memory, dict(stderr=log))
+        except PySparkRuntimeError: # JAVA_GATEWAY_EXITED
+            if pause is None or _words(log): raise
+            time.sleep(pause)
+
 def _context(master: str, options: dict[str, str], log: BinaryIO):
     "Spark's context at `master`, in this process's Java machine or a new one whose standard error is `log`."
     from py4j.protocol import Py4JJavaError
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkRuntimeError
-    from pyspark.java_gateway import launch_gateway
     memory = SparkConf(loadDefaults=False).setAll((k, v) for k, v in options.items() if k == "spark.driver.memory")  # of the Java machine: too late afterwards
     try:
-        gateway = None if SparkContext._gateway else launch_gateway(memory, dict(stderr=log))
+        gateway = None if SparkContext._gateway else _java(memory, log)
         return SparkContext(conf=SparkConf().setMaster(master).setAppName("recsys").setAll(options.items()), gateway=gateway)
     except Py4JJavaError as e: raise e if _is_local(master) or "stopped" not in _cause(str(e)) else _no_master(master)
     except ValueError: raise RecsysError("this process has a Spark session already", f"[run] spark_master = {master}", "stop it first") from None
-    except PySparkRuntimeError as e:  # JAVA_GATEWAY_EXITED
-        log.seek(0)
-        said = [l for l in log.read().decode(errors="replace").splitlines() if ("Exception" in l or "Error" in l) and not l.startswith("\tat ")]
+    except PySparkRuntimeError as e:
+        said = _words(log)
         raise RecsysError(f"Spark did not start: {_cause(said[0] if said else str(e))}", "[run] engine = spark", "it needs Java 17 or newer; or set engine = polars") from None
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #2f7f10dc
