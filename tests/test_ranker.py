@@ -42,6 +42,18 @@ def lists(cases: int, seed: int, gain, length: int = 12, **more) -> Rows:
 
 def taste(x, rng): return (x[:, 40] + rng.normal(0, .3, len(x)) > 1.1) * 1.0
 
+def test_a_case_without_anything_wanted_counts_as_nothing_in_the_curve():
+    "LightGBM gives it 1."
+    half = lambda x, rng: taste(x, rng) * (np.arange(len(x)) // 12 % 2)  # lists of twelve, every second one without
+    valid = lists(40, 1, half)
+    fit, place = fit_both([lists(60, 0, taste)], valid, 8, 8, 10, **HOW), 1 / np.log2(np.arange(2, 7))
+    def ndcg(gain, score):
+        got = gain[np.argsort(-score, kind="stable")][:5]
+        return (got * place[:len(got)]).sum() / (np.sort(gain)[::-1][:5] * place).sum() if gain.any() else 0.
+    score, at = fit.first.predict(valid.x, num_iteration=8), np.arange(0, len(valid.x), 12)
+    wanted = np.mean([ndcg(valid.gain[a:a + 12], score[a:a + 12]) for a in at])
+    assert fit.curve[-1][0] == 8 and fit.curve[-1][1] == pytest.approx(wanted, abs=1e-6) and .1 < wanted < .3
+
 # ---- what outcomes are worth
 
 @given(st.lists(st.sampled_from([0., 1., 3., 10.]), min_size=1, max_size=50).map(lambda v: np.array(v, np.float32)))
