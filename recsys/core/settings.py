@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates', 'Index',
-           'Embeddings', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Serving', 'Run', 'Settings',
-           'find_settings', 'load_settings', 'as_dict']
+           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Serving', 'Run',
+           'Settings', 'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -69,6 +69,7 @@ class Candidates(Section):
     pairs: Annotated[tuple[Annotated[str, Meta(pattern=r"^\w+>\w+:\d*\.?\d+$")], ...], Meta(min_length=1)]
     half_life_days: Above0
     per_source: Positive
+    explore: Positive
     budget: Annotated[int, Meta(ge=10, le=1000)]
     segments: Annotated[int, Meta(ge=1, le=256)]
 
@@ -93,6 +94,12 @@ class Embeddings(Section):
     min_events: Positive
     strategy: str
     devices: Positive
+
+class Factors(Section):
+    dimensions: Annotated[int, Meta(ge=4, le=512)]
+    iterations: Positive
+    regularization: Above0
+    half_life_days: Above0
 
 class Ranker(Section):
     snapshots: Positive
@@ -184,6 +191,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     candidates: Candidates
     index: Index
     embeddings: Embeddings
+    factors: Factors
     ranker: Ranker
     sessions: Sessions
     sequence: Sequence

@@ -77,15 +77,21 @@ def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker:
     return target
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #feacbfdd
+def _optional(s: State, n: int, m: int) -> dict[str, tuple]:
+    "The same for the sources that a version may be without: all tables of one are there, or none."
+    factor = dict(user_factor=(m, s.item_factor.shape[-1]), item_factor=(n, s.item_factor.shape[-1]), user_close=(m, None))
+    linked = [{f"{source}_{part}": (n, getattr(s, f"{source}_ids").shape[-1]) for part in ("ids", "scores")} for source in ("complement", "content")]
+    return {name: shape for tables in (factor, *linked) if any(any(getattr(s, t).shape) for t in tables) for name, shape in tables.items()}
+
 def _shapes(b: Bundle) -> dict[str, tuple]:
     "The shape that every table must have; None: any length."
     s, n, m, p = b.state, len(b.items), len(b.user_codes), len(PAIR)
     k, near, d = s.together_ids.shape[-1], s.cart_ids.shape[-1], s.vector_in.shape[-1]
     follow, rows = s.follow_ids.shape[-1], lambda name: len(getattr(s, f"{name}_key"))
     pairs = {f"{t}_{part}": shape for t in ("bought", "kind", "department") for part, shape in (("ptr", (m + 1,)), ("key", (None,)), ("x", (rows(t), p)))}
-    return pairs | dict(item_x=(n, len(ITEM)), user_x=(m, len(USER)), category=(n, 3), recent_ptr=(m + 1,), recent_key=(None,), user_lines=(m,),
+    return pairs | _optional(s, n, m) | dict(item_x=(n, len(ITEM)), user_x=(m, len(USER)), category=(n, 3), recent_ptr=(m + 1,), recent_key=(None,), user_lines=(m,),
         together_ids=(n, k), together_scores=(n, k), follow_ids=(n, follow), follow_scores=(n, follow), cart_ids=(n, near), cart_scores=(n, near),
-        vector_in=(n, d), vector_out=(n, d), user_vector=(m, d), user_near=(m, None), segment=(m,), segment_items=(None, None), sellable=(n,))
+        vector_in=(n, d), vector_out=(n, d), user_vector=(m, d), user_near=(m, None), segment=(m,), segment_items=(None, None), sellable=(n,), trending=(None,))
 
 def _check(b: Bundle):
     "Raise `RecsysError` naming the first table that compiled code must not see."
@@ -98,7 +104,8 @@ def _check(b: Bundle):
     for name in ("bought", "kind", "department", "recent"):
         ptr = getattr(s, f"{name}_ptr")
         need(ptr[0] == 0 and (np.diff(ptr) >= 0).all() and ptr[-1] == len(getattr(s, f"{name}_key")), f"{name}_ptr", "does not lead through the rows")
-    for name, low in (("bought_key", 0), ("recent_key", 0), ("together_ids", -1), ("follow_ids", -1), ("cart_ids", -1), ("user_near", -1), ("segment_items", -1)):
+    for name, low in (("bought_key", 0), ("recent_key", 0), ("together_ids", -1), ("follow_ids", -1), ("cart_ids", -1), ("user_near", -1), ("segment_items", -1),
+                      ("user_close", -1), ("complement_ids", -1), ("content_ids", -1), ("trending", -1)):
         a = getattr(s, name)
         need(not a.size or (a.min() >= low and a.max() < n), name, "names items that do not exist")
     need(len(s.segment_items) and (not len(s.segment) or (s.segment.min() >= 0 and s.segment.max() < len(s.segment_items))), "segment", "names lists that do not exist")
