@@ -1,0 +1,141 @@
+"Factors, content, complements, trending: against plain loops and other libraries, and through the blend."
+from collections import Counter
+
+import numpy as np, polars as pl, pytest, scipy.sparse as sp
+from hypothesis import given, settings as hypo, strategies as st
+from scipy.stats import chi2_contingency
+
+from recsys.candidates.blend import State, clear, gather, load_state, scratch_for
+from recsys.candidates.complements import complements, log_likelihood_ratio
+from recsys.candidates.content import catalogue_attributes, content_links
+from recsys.candidates.factorization import fit_factors, fold_in, had
+from recsys.candidates.trending import DOUBT, LONG, SHORT, surplus, trending
+from recsys.core.settings import RecsysError, load_settings
+from recsys.features.definitions import ABSENT, SOURCES
+from recsys.features.point_in_time import save_arrays, sessions_of
+from recsys.serving.bundle import open_bundle, promote
+from test_serving import N_ITEMS, N_USERS, publish, tables
+
+DAY = 86400.
+SETTINGS = load_settings()
+
+# ---- factorization
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 50), st.booleans()), max_size=30))
+def test_counts_fade_and_purchases_count_ten_times(lines):
+    u, i, t, b = (np.array(c, k) for c, k in zip(zip(*lines) if lines else ((),) * 4, (int, int, float, bool)))
+    got, wanted = had(u, i, t * DAY, b, 4, 5, 50 * DAY, 20).toarray(), np.zeros((4, 5))
+    for user, item, day, bought in lines: wanted[user, item] += (1 if bought else .1) * .5 ** ((50 - day) / 20)
+    assert np.allclose(got, wanted, rtol=1e-5)
+
+def test_folding_in_solves_the_least_squares_of_the_paper_for_people_the_training_never_saw():
+    rng = np.random.default_rng(1)
+    f = fit_factors(sp.csr_matrix((rng.random((60, 15)) < .3).astype(np.float32)), SETTINGS)
+    dense = np.where(rng.random((5, 15)) < .3, rng.random((5, 15)) * 3, 0).astype(np.float32); dense[2] = 0
+    new = sp.csr_matrix(dense)
+    y, found = f.item.astype(float), fold_in(f, new)
+    for row, x in zip(new.toarray(), found):  # Hu, Koren & Volinsky 2008, equation 4: confidence is the count, preference 1 where it is above 0
+        if not row.any(): assert not x.any(); continue
+        a = y.T @ y + y.T @ np.diag(np.maximum(row - 1, -1) * (row > 0)) @ y + SETTINGS.factors.regularization * np.eye(y.shape[1])
+        assert np.allclose(x, np.linalg.solve(a, y.T @ row), atol=1e-3)
+    assert np.array_equal(fold_in(fit_factors(sp.csr_matrix((np.random.default_rng(1).random((60, 15)) < .3).astype(np.float32)), SETTINGS), new), found)
+
+# ---- content
+
+@hypo(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 6), max_size=4, unique=True), min_size=2, max_size=12), st.integers(1, 5))
+def test_content_links_are_the_largest_cosines(has, k):
+    n, width = len(has), max(1, *map(len, has))
+    table = np.full((n, width), 7, np.int32)
+    for i, row in enumerate(has): table[i, :len(row)] = row
+    idf = np.log1p(n / np.maximum([sum(a in row for row in has) for a in range(7)], 1))
+    x = np.array([[idf[a] * (a in row) for a in range(7)] for row in has]); x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+    wanted = x @ x.T; np.fill_diagonal(wanted, 0)
+    got = content_links(table, 7, k)
+    for i in range(n):
+        best = np.sort(wanted[i])[::-1][:k]
+        assert np.allclose(got.weight[i], np.where(best > 1e-7, best, 0), atol=1e-5)
+        assert all(j < 0 or np.isclose(wanted[i, j], w, atol=1e-5) for j, w in zip(got.ids[i], got.weight[i]))
+
+def test_a_catalogue_without_anything_and_one_with_odd_things():
+    table, n = catalogue_attributes(pl.DataFrame(dict(item_id=["a", "b"])))
+    assert n == 0 and (content_links(table, n, 3).ids == -1).all()
+    odd = pl.DataFrame(dict(item_id=["a", "b", "c"], title=[None, "ÄPFEL äpfel!", "Äpfel"], category=[None, "", "Obst"], brand=["", None, "Obst"], price=[-1., 0., None]))
+    table, n = catalogue_attributes(odd)
+    assert n == 1 and (table[:, 0] == [1, 0, 0]).all()  # the word; once per item, whatever its case
+
+# ---- complements
+
+counts = st.integers(0, 40)
+@given(counts, counts, counts, st.integers(1, 400))
+def test_the_ratio_is_that_of_scipy(both, only_a, only_b, neither):
+    a, b, n = both + only_a, both + only_b, both + only_a + only_b + neither
+    got = float(log_likelihood_ratio(both, a, b, n))
+    if both * n <= a * b: assert got == 0
+    else: assert np.isclose(got, chi2_contingency([[both, only_a], [only_b, neither]], correction=False, lambda_="log-likelihood").statistic, rtol=1e-6, atol=1e-6)
+
+def test_complements_are_of_another_kind_and_more_than_chance():
+    rng, rows = np.random.default_rng(2), []
+    for s in range(400):
+        basket = {0} | ({1, 2} if s % 2 else {3, 4}) | set(rng.choice(np.arange(5, 12), 2, replace=False).tolist())
+        rows += [(s, i) for i in sorted(basket) if rng.random() < .9]
+    lines = pl.DataFrame(rows, schema=dict(session=pl.Int32, item=pl.Int32), orient="row").with_columns(user=pl.lit(0), ts=pl.lit(0), type=pl.lit("purchase"))
+    category = np.array([0, 1, 2, 3, 3, *range(5, 12)])
+    ids, scores = complements(lines, sessions_of(lines), category, DAY, 90, 3)
+    assert ids[1, 0] == 2 and ids[2, 0] == 1 and scores[1, 0] == 1
+    assert 4 not in ids[3] and 3 not in ids[4]                     # bought together, but of one kind
+    assert 0 not in ids[1, :1] and (np.diff(scores, axis=1) <= 0).all()
+    assert not any(category[i] == category[j] for i, row in enumerate(ids) for j in row if j >= 0)
+
+# ---- trending
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 100)), min_size=1, max_size=40))
+def test_the_surplus_by_hand(events):
+    item, ts = np.array([i for i, _ in events]), np.array([d for _, d in events]) * DAY
+    decayed = lambda h: np.array([sum(.5 ** ((100 - d) / h) for j, d in events if j == i) for i in range(4)])
+    now, usual = decayed(SHORT), decayed(LONG)
+    expected = usual * now.sum() / usual.sum()
+    s = surplus(item, ts, 4, 100 * DAY)
+    assert np.allclose(s, (now - expected) / np.sqrt(expected + DOUBT))
+    best = trending(item, ts, 4, 100 * DAY, 6)
+    assert [i for i in best if i >= 0] == [i for i in np.argsort(-s, kind="stable") if s[i] > 0]
+
+# ---- through the blend
+
+def candidates(state: State, user: int, cart: list[int]) -> dict[int, set[str]]:
+    "Who proposed what; checks that nothing is left behind in the scratch space."
+    none, scratch = np.zeros(0, np.int32), scratch_for(len(state.item_x))
+    ids, ranks, lists, touched = np.zeros(400, np.int32), np.zeros((400, 10), np.float32), np.zeros((10, 50), np.int32), np.zeros((5, 5000), np.int32)
+    n, counts = gather(state, scratch, user, np.array(cart, np.int32), none, ids, ranks, lists, touched)
+    found = {int(i): {s for s, r in zip(SOURCES, row) if r < ABSENT} for i, row in zip(ids[:n], ranks[:n])}
+    clear(state, scratch, user, np.array(cart, np.int32), none, ids, n, counts, touched)
+    assert not any(a.any() for a in scratch)
+    return found
+
+def with_sources() -> State:
+    "Random tables with every source; item 0 is new: nothing leads to it but what it says of itself."
+    s, rng = tables(), np.random.default_rng(3)
+    links = lambda k: (rng.integers(1, N_ITEMS, (N_ITEMS, k)).astype(np.int32), rng.random((N_ITEMS, k)).astype(np.float32) + .01)
+    (ci, cs), (xi, xs) = links(6), links(6)
+    xi[7, 0] = 0
+    for name in ("together_ids", "follow_ids", "cart_ids", "user_near", "segment_items", "bought_key", "recent_key"): getattr(s, name)[getattr(s, name) == 0] = 1
+    return s._replace(sellable=np.ones(N_ITEMS, np.uint8), complement_ids=ci, complement_scores=cs, content_ids=xi, content_scores=xs, trending=np.array([5, 3, -1], np.int32),
+                      user_factor=rng.random((N_USERS, 4)).astype(np.float32), item_factor=rng.random((N_ITEMS, 4)).astype(np.float32), user_close=rng.integers(1, N_ITEMS, (N_USERS, 9)).astype(np.int32))
+
+def test_a_new_item_comes_by_content_alone_and_each_source_says_so():
+    s = with_sources()
+    found = candidates(s, -1, [7])
+    assert found[0] == {"content"} and "trending" in found[5] & found[3]
+    told = Counter(name for user in range(N_USERS) for names in candidates(s, user, [7]).values() for name in names)
+    assert set(told) == set(SOURCES)
+    assert "complement" not in Counter(n for names in candidates(s, 1, []).values() for n in names)
+
+def test_a_version_from_before_these_sources_opens_and_half_a_source_does_not(tmp_path):
+    old = tables()._asdict()
+    save_arrays(tmp_path/"old", {k: v for k, v in old.items() if k not in State._field_defaults})
+    assert {s for names in candidates(load_state(tmp_path/"old"), 1, [7]).values() for s in names} <= {"repeat", "together", "follow", "vector", "vector_cart", "segment"}
+    publish(tmp_path, "v1", with_sources()); promote(tmp_path/"bundles", "v1"); open_bundle(tmp_path/"bundles"/"v1")
+    none = np.zeros((0, 0), np.float32)
+    for k, broken in enumerate((dict(user_factor=none), dict(item_factor=none), dict(content_scores=none), dict(complement_ids=none.astype(np.int32)), dict(trending=np.array([N_ITEMS], np.int32)),
+                                dict(user_close=np.full((N_USERS, 3), -2, np.int32)))):
+        with pytest.raises(RecsysError, match=dict(item_factor="user_factor").get(*[next(iter(broken))] * 2).split("_")[0]): publish(tmp_path, f"w{k}", with_sources()._replace(**broken))
