@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates', 'Index',
-           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Serving', 'Run',
+           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Bench', 'Serving', 'Run',
            'Settings', 'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
@@ -167,6 +167,9 @@ class Drift(Section):
     list_length: Positive
     shap_rows: Annotated[int, Meta(ge=50)]
 
+class Bench(Section):
+    peer_cpu_seconds: Positive
+
 class Serving(Section):
     host: str
     port: Annotated[int, Meta(ge=0, le=65535)]
@@ -197,6 +200,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     sequence: Sequence
     evaluation: Evaluation
     drift: Drift
+    bench: Bench
     serving: Serving
     run: Run
     file: str = ""
