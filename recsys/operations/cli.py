@@ -270,7 +270,7 @@ def _bench_sessions(a):
     from recsys.operations.figures import bench_page
     s = load_settings()
     with Console(stderr=True).status("measuring") as status:
-        said = bench_sessions(a.train, a.test, a.out, s, a.k, say=lambda note: status.update(f"measuring: {note}"))
+        said = bench_sessions(a.train, a.test, a.out, s, a.k, a.peers, say=lambda note: status.update(f"measuring: {note}"))
     hit, mrr = f"hit_rate@{a.k}", f"mrr@{a.k}"
     print(f"{said['n_cases']:,} cases: {hit} {said[hit]:.4f}, {mrr} {said[mrr]:.4f}; best single source ({said['comparison']['source']}): {said['sources'][said['comparison']['source']][hit]:.4f}. "
           f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {bench_page('next_item', s, [a.out])}")
@@ -283,10 +283,26 @@ def _bench_sequences(a):
     from recsys.operations.figures import bench_page
     s = load_settings()
     with Console(stderr=True).status("measuring") as status:
-        said = bench_sequences(a.sequences, a.out, a.attributes, s, a.k, say=lambda note: status.update(f"measuring: {note}"))
+        said = bench_sequences(a.sequences, a.out, a.attributes, s, a.k, a.peers, say=lambda note: status.update(f"measuring: {note}"))
     best, hit, ndcg = said["sources"][said["comparison"]["source"]], f"hit_rate@{a.k}", f"ndcg@{a.k}"
     print(f"{said['n_cases']:,} cases: {hit} {said[hit]:.4f}, {ndcg} {said[ndcg]:.4f}; best single source ({said['comparison']['source']}): {best[hit]:.4f}, {best[ndcg]:.4f}. "
           f"{said['seconds']:.0f} s, peak {said['peak_rss_mb']:,.0f} MB. Look at {bench_page('next_item', s, [a.out])}")
+    return 0
+
+# %% ../../nbs/9_operations/07_cli.ipynb #2663976b
+def _bench_shop(a):
+    from rich.console import Console
+    from recsys.core.settings import load_settings
+    from recsys.operations.bench_shop import bench_shop
+    from recsys.operations.figures import bench_page
+    s = load_settings()
+    with Console(stderr=True).status("measuring") as status:
+        said = bench_shop(a.out, s, a.date, a.peers, say=lambda note: status.update(f"measuring: {note}"))
+    for q, rival in said["best_rival"].items():
+        parts = said["questions"][q]["all"]
+        print(f"{q.replace('_', ' ')}, {parts['cases']:,} cases: {said['metric']} {next(iter(parts['figures'].values()))[said['metric']]['value']:.4f}; best other ({rival}): "
+              f"{parts['figures'][rival][said['metric']]['value']:.4f}; {said['times_best'][q]:.3f} times")
+    print(f"{said['seconds']:.0f} s. Look at {bench_page('shop', s, [a.out])}")
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
@@ -330,14 +346,18 @@ def parser() -> argparse.ArgumentParser:
     c = of(features, "feast", _features_feast, "write, apply and fill a Feast repository")
     c.add_argument("--online", default="sqlite", metavar="STORE", help="sqlite, or redis://host:port")
     bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
+    rectools = "also EASE, SASRec and BERT4Rec by RecTools, in an environment of their own"
     c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
     c.add_argument("--events", type=int, required=True); c.add_argument("--engine", choices=("polars", "spark"), default="polars")
     c = of(bench, "sessions", _bench_sessions, "the next item of a session: candidates and ranker on any files, beside baselines")
     c.add_argument("--train", required=True, metavar="FILE", help="Parquet (session, items) or tab-separated clicks (SessionId, ItemId, Time)")
     c.add_argument("--test", required=True, metavar="FILE", help="Parquet (prefix, label) or clicks"); c.add_argument("--k", type=int, default=20, help="length of the lists")
+    c.add_argument("--peers", action="store_true", help="also item-item by implicit, and EASE and SASRec by RecTools, in an environment of their own")
     c = of(bench, "sequences", _bench_sequences, "the last item of a history: candidates, attention model and ranker on any file, beside baselines")
     c.add_argument("--sequences", required=True, metavar="FILE", help="Parquet (user, items)"); c.add_argument("--attributes", metavar="FILE", help="Parquet (item, attributes)")
-    c.add_argument("--k", type=int, default=10, help="length of the lists")
+    c.add_argument("--k", type=int, default=10, help="length of the lists"); c.add_argument("--peers", action="store_true", help=rectools)
+    c = of(bench, "shop", _bench_shop, "the daily run's lists, next basket and completion, beside baselines and other libraries' models")
+    c.add_argument("--date", default="", metavar="DAY", help="the moment of the run (default: the end of the data)"); c.add_argument("--peers", action="store_true", help=rectools)
     command("status", _status, "the last runs and what is being served")
     return p
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'DEEP', 'Rows', 'Queries', 'to_arrays', 'from_arrays', 'most_bought', 'known_rows', 'known_queries',
-           'decayed', 'learnt', 'asked', 'whole', 'deep_enough', 'implicit_item_item', 'implicit_bpr', 'rectools_data',
-           'rectools_asked', 'rectools_ease', 'pieces', 'rectools_deep', 'deep_data', 'deep_asker', 'ndcg', 'choose',
-           'choose_epochs', 'Clock', 'answer_task']
+           'decayed', 'learnt', 'asked', 'whole', 'deep_enough', 'implicit_item_item', 'implicit_als', 'implicit_bpr',
+           'rectools_data', 'rectools_asked', 'rectools_ease', 'pieces', 'rectools_deep', 'deep_data', 'deep_asker',
+           'ndcg', 'choose', 'choose_epochs', 'Clock', 'answer_task']
 
 # %% ../../nbs/9_operations/14_peer_models.ipynb #cbe58b05
-import importlib, json, resource, time
+import importlib, json, resource, time, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,13 +104,31 @@ def _lib(name: str):
     "A peer by name: this project does not depend on it."
     return importlib.import_module(name)
 
+def _quietly(model, had: sp.csr_matrix):
+    "Fit a model of implicit without the warnings about its own conversions."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(had, show_progress=False)
+
 def implicit_item_item(rows: Rows, n_items: int, how: dict, task: dict):
     "`how`: kind (a class of implicit.nearest_neighbours), neighbours, half_life."
     m = getattr(_lib("implicit.nearest_neighbours"), how["kind"])(K=how["neighbours"], num_threads=task["threads"])
-    m.fit(learnt(rows, how["half_life"], n_items), show_progress=False)
+    _quietly(m, learnt(rows, how["half_life"], n_items))
     def ask(q, k, cart_weight):
         ids, score = m.recommend(np.arange(len(q.user)), asked(q, how["half_life"], cart_weight, n_items), N=k, filter_already_liked_items=False)
         return np.where(score > 0, ids, -1)
+    return ask
+
+# %% ../../nbs/9_operations/14_peer_models.ipynb #58ab9101
+def implicit_als(rows: Rows, n_items: int, how: dict, task: dict):
+    "`how`: factors, regularization, confidence, iterations, half_life."
+    m = _lib("implicit.cpu.als").AlternatingLeastSquares(factors=how["factors"], regularization=how["regularization"], alpha=how["confidence"], iterations=how["iterations"],
+                                                         num_threads=task["threads"], random_state=task["seed"])
+    _quietly(m, learnt(rows, how["half_life"], n_items))
+    def ask(q, k, cart_weight):
+        x = asked(q, how["half_life"], cart_weight, n_items)
+        ids = m.recommend(np.arange(len(q.user)), x, N=k, filter_already_liked_items=False, recalculate_user=True)[0]
+        return np.where(np.diff(x.indptr)[:, None] > 0, ids, -1)
     return ask
 
 # %% ../../nbs/9_operations/14_peer_models.ipynb #c8b1ffeb
@@ -120,7 +138,7 @@ def implicit_bpr(rows: Rows, n_items: int, how: dict, task: dict):
     had = learnt(Rows(rows.user[young], rows.item[young], rows.age[young]), None, n_items)
     m = _lib("implicit.cpu.bpr").BayesianPersonalizedRanking(factors=how["factors"], learning_rate=how["learning_rate"], regularization=how["regularization"], iterations=how["iterations"],
                                                              num_threads=1, random_state=task["seed"]) # more threads: other figures each time
-    m.fit(had, show_progress=False)
+    _quietly(m, had)
     def ask(q, k, cart_weight):
         out = np.full((len(q.user), k), -1, np.int32)
         old = np.flatnonzero((q.user >= 0) & (q.user < had.shape[0]))
@@ -217,7 +235,7 @@ def choose_epochs(name: str, learn: Rows, n_items: int, judge, task: dict) -> tu
         if len(told) - 1 - best >= 3 or told[-1]["cpu_seconds"] * (1 + 1 / len(told)) > task["seconds"]: return how, told[best]["epochs"], told
 
 # %% ../../nbs/9_operations/14_peer_models.ipynb #5796123f
-MODELS = {"implicit item-item": implicit_item_item, "implicit BPR": implicit_bpr, "RecTools EASE": rectools_ease}
+MODELS = {"implicit item-item": implicit_item_item, "implicit ALS": implicit_als, "implicit BPR": implicit_bpr, "RecTools EASE": rectools_ease}
 DEEP = {"RecTools SASRec": "SASRecModel", "RecTools BERT4Rec": "BERT4RecModel"}
 
 def _trained(task: dict, learn: Rows, rows: Rows, n_items: int, judge, clock) -> tuple: # ask, cart_weight, what is said
