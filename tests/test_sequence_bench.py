@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from recsys.candidates.sequences import sequences
 from recsys.core.settings import RecsysError, load_settings
 from recsys.evaluation.next_item import next_item_metrics
-from recsys.operations.bench_sequences import bench_sequences, peer_lists, sequence_baselines
+from recsys.operations.bench_sequences import bench_sequences, sequence_baselines, sequence_peers
 from recsys.operations.cli import main
 from recsys.ranking.sequence_ranker import (FALSE_HERE, answer_sequences, attention_maker, content_links, content_source, fit_sequences, last_two,
                                             read_attributes, sequence_rows, unseen)
@@ -103,14 +103,10 @@ def test_baselines_are_those_of_a_plain_loop():
         assert found["transitions"][u].tolist() == want + [-1] * (5 - len(want))
 
 def test_peers_are_asked_with_the_prefix_and_never_answer_with_it():
-    lists = histories(80); cases = last_two(sequences(lists)).test
-    found = peer_lists(cases, ITEMS, 5, 0, 1)
-    had = np.array([[i in h[:-1] for i in range(ITEMS)] for h in lists], float)
-    together = (had / np.maximum(np.linalg.norm(had, axis=0), 1e-9)).T @ (had / np.maximum(np.linalg.norm(had, axis=0), 1e-9))
-    score = np.where(had > 0, -1, had @ together)
+    lists = histories(80); found, accounts = sequence_peers(last_two(sequences(lists)), ITEMS, 5, quick(), False, lambda note: None)
+    assert found.keys() == accounts.keys() == {"implicit ALS", "implicit BPR", "implicit item-item"}
     for u, h in enumerate(lists):
         for name, l in found.items(): assert len(set(l[u])) == 5 and not set(l[u]) & set(h[:-1]), name
-        assert np.allclose(score[u, found["implicit item-item"][u]], np.sort(score[u])[::-1][:5])
 
 def test_the_command_measures_and_says_so(tmp_path, monkeypatch, capsys):
     lists = histories(); pl.DataFrame(dict(user=range(len(lists)), items=[[i + 100 for i in h] for h in lists])).write_parquet(tmp_path/"s.parquet")
@@ -118,7 +114,7 @@ def test_the_command_measures_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("recsys.core.settings.load_settings", quick); monkeypatch.setenv("RECSYS_PATHS_REPORTS", str(tmp_path/"reports"))
     assert main(["bench", "sequences", "--sequences", str(tmp_path/"s.parquet"), "--attributes", str(tmp_path/"a.parquet"), "--out", str(tmp_path/"out.json")]) == 0
     said = json.loads((tmp_path/"out.json").read_text())
-    assert {"n_cases", "hit_rate@10", "ndcg@10", "hit_rate@10_interval", "seconds_learning", "seconds_answering", "peak_rss_mb", "baselines", "sources", "comparison", "chosen"} <= said.keys()
+    assert {"n_cases", "hit_rate@10", "ndcg@10", "hit_rate@10_interval", "seconds_learning", "seconds_answering", "peak_rss_mb", "baselines", "sources", "comparison", "rival", "peer_accounts", "chosen"} <= said.keys()
     assert said["n_cases"] == len(lists) and {"popularity", "transitions", "item_item"} == said["baselines"].keys() and {"attention", "content"} <= said["sources"].keys()
     assert {"implicit ALS", "implicit BPR", "implicit item-item"} == said["peers"].keys() and "implicit BPR" in (tmp_path/"reports/benchmarks/next_item.html").read_text()
     assert said["hit_rate@10"] > said["baselines"]["popularity"]["hit_rate@10"] and said["comparison"]["ndcg@10"]["low"] < said["comparison"]["ndcg@10"]["high"]
@@ -127,7 +123,7 @@ def test_the_command_measures_and_says_so(tmp_path, monkeypatch, capsys):
     without = bench_sequences(tmp_path/"s.parquet", tmp_path/"without.json", None, quick())
     assert "content" not in without["sources"] and without["n_attributes"] == 0
     again = bench_sequences(tmp_path/"s.parquet", tmp_path/"again.json", None, quick())
-    assert all(again[part] == without[part] for part in ("hit_rate@10", "ndcg@10", "sources", "baselines", "peers", "comparison")), "the same seed gives the same figures"
+    assert all(again[part] == without[part] for part in ("hit_rate@10", "ndcg@10", "sources", "baselines", "peers", "comparison", "rival")), "the same seed gives the same figures"
     pl.DataFrame(dict(user=range(9), items=[[1, 2, 3]] * 9)).write_parquet(tmp_path/"few.parquet")
     assert main(["bench", "sequences", "--sequences", str(tmp_path/"few.parquet"), "--out", str(tmp_path/"x.json")]) == 1
     assert "give at least 50" in capsys.readouterr().err

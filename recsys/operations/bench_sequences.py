@@ -38,7 +38,7 @@ BUILT_IN, RECTOOLS = ("implicit ALS", "implicit BPR", "implicit item-item"), ("R
 
 def sequence_peers(cut: LastTwo, n_items: int, k: int, settings: Settings, peers: bool, say) -> tuple[dict, dict]: # lists, accounts
     "What others' models answer, without items of the prefix."
-    return ask_peers(history_exam(cut.validation, cut.test, n_items, k), BUILT_IN + RECTOOLS * peers, settings, say)
+    return ask_peers(history_exam(cut.validation, cut.test, n_items, k, settings.sessions.validation_cases, settings.run.seed), BUILT_IN + RECTOOLS * peers, settings, say)
 
 # %% ../../nbs/9_operations/13_bench_sequences.ipynb #b6b917c6
 def _read(path: str | Path) -> tuple[Sequences, np.ndarray]: # histories of three items or more; ids

@@ -76,7 +76,7 @@ def field_of(settings: Settings, date: str, say) -> Field:
     return Field(records, known, test, Engine(state, load_ranker(trained/"ranker.txt"), c.per_source, c.budget), exam, (moments.test, moments.now))
 
 # %% ../../nbs/9_operations/16_bench_shop.ipynb #bb4cbf39
-ITEMS = {"RecTools EASE": 10_000, "RecTools SASRec": 20_000, "RecTools BERT4Rec": 20_000}
+ITEMS = {"RecTools EASE": 8_000, "RecTools SASRec": 20_000, "RecTools BERT4Rec": 20_000}
 BUILT_IN = ("implicit item-item", "implicit BPR")
 
 def our_lists(f: Field, settings: Settings) -> tuple[np.ndarray, dict]:
@@ -95,7 +95,7 @@ def their_lists(f: Field, settings: Settings, peers: bool, say) -> tuple[dict, d
     lists = baseline_lists(known, f.cases, int(len(f.engine.state.user_x)), f.exam.n_items, f.exam.k, settings.run.threads, settings.run.seed, step)
     how = dict(half_lives=(90., 30.), cart_weights=(1., 5., 20.))
     for name in BUILT_IN + ("RecTools EASE", *DEEP) * peers:
-        more, account = ask_peers(f.exam, (name,), settings, say, **how, items=ITEMS.get(name), length=100)
+        more, account = ask_peers(f.exam, (name,), settings, say, **how, items=ITEMS.get(name), length=100, every=1)
         lists |= more; cost |= account
     return lists, cost
 

@@ -69,15 +69,20 @@ def prefix_of(c: Cases) -> tuple[np.ndarray, np.ndarray]: # ptr, items
 
 def _answers(c: Cases) -> tuple[np.ndarray, np.ndarray]: return np.arange(len(c.label) + 1), c.label
 
-def history_exam(valid: Cases, test: Cases, n_items: int, k: int) -> Exam:
-    "The last item of each history, asked with all before it, which are masked and learnt from; chosen on the item before."
-    return Exam(history_rows(*prefix_of(valid)), history_queries(*prefix_of(valid), True), *_answers(valid), history_rows(*prefix_of(test)), history_queries(*prefix_of(test), True), n_items, k)
+def _few(c: Cases, most: int, seed: int) -> Cases:
+    "At most so many cases, drawn."
+    return some(c, np.sort(np.random.default_rng(seed).permutation(len(c.label))[:most]))
+
+def history_exam(valid: Cases, test: Cases, n_items: int, k: int, most: int, seed: int) -> Exam:
+    "The last item of each history, asked with all before it, which are masked and learnt from; chosen on the item before, of at most so many histories."
+    few = _few(valid, most, seed)
+    return Exam(history_rows(*prefix_of(valid)), history_queries(*prefix_of(few), True), *_answers(few), history_rows(*prefix_of(test)), history_queries(*prefix_of(test), True), n_items, k)
 
 def session_exam(s: Sequences, test: Cases, n_items: int, k: int, share: float, most: int, seed: int) -> Exam:
     "What comes next in sessions of others: learnt from `s`, of which the newest `share` holds the validation, at most so many cases; nothing is masked."
     cut = int((1 - share) * (len(s.ptr) - 1))
     learn, valid = part(s, 0, cut), prefixes(part(s, cut, len(s.ptr) - 1))
-    valid = some(valid, np.sort(np.random.default_rng(seed).permutation(len(valid.label))[:most]))
+    valid = _few(valid, most, seed)
     return Exam(history_rows(learn.ptr, learn.item), history_queries(*prefix_of(valid), False), *_answers(valid), history_rows(s.ptr, s.item), history_queries(*prefix_of(test), False), n_items, k)
 
 # %% ../../nbs/9_operations/15_peer_env.ipynb #e1fa1f0e
@@ -85,9 +90,9 @@ def tries_of(model: str, half_lives: tuple, length: int) -> list[dict]:
     "The settings that a peer is tried with; `half_lives`: in days, None without times; `length`: of the histories that deep models read."
     if model == "implicit item-item": return [dict(kind=kind, neighbours=n, half_life=h) for kind in ("CosineRecommender", "TFIDFRecommender", "BM25Recommender") for n in (50, 200) for h in half_lives]
     if model == "implicit ALS": return [dict(factors=n, regularization=r, confidence=c, iterations=15, half_life=half_lives[0]) for n in (64, 128) for r, c in ((.05, 1.), (1., 10.), (5., 40.))]
-    if model == "implicit BPR": return [dict(factors=64, learning_rate=.05, regularization=r, iterations=n, half_life=h) for r in (.001, .01, .1) for n in (50, 100) for h in half_lives[:1]]
-    if model == "RecTools EASE": return [dict(regularization=r, half_life=h) for r in (50., 250., 1000.) for h in half_lives]
-    return [dict(length=length, factors=64, blocks=2, heads=2, dropout=.2 if len(half_lives) > 1 else .5, negatives=128, learning_rate=.002, batch=128)]
+    if model == "implicit BPR": return [dict(factors=64, learning_rate=.05, regularization=r, iterations=50, half_life=half_lives[0]) for r in (.001, .01, .1)]
+    if model == "RecTools EASE": return [dict(regularization=r, half_life=h) for r in (250., 1000.) for h in half_lives]
+    return [dict(length=length, factors=64, blocks=2, heads=2, dropout=.3, negatives=1024, learning_rate=.002, batch=128)]
 
 # %% ../../nbs/9_operations/15_peer_env.ipynb #49c8b705
 RUNNER = "import runpy, sys; runpy.run_path(sys.argv[1])['answer_task'](sys.argv[2])"
@@ -107,7 +112,7 @@ def _ran(python: Path | str, folder: Path, model: str, threads: int):
 def ask_peer(model: str,            # of `peer_models`: MODELS or DEEP
              exam: Exam, python: Path | str, # the interpreter that has it
              settings: Settings, half_lives: tuple = (None,), cart_weights: tuple = (1.,), items: int | None = None, # only so many, the most bought; None: all
-             length: int = 50, every: int = 2) -> tuple[np.ndarray, dict]: # lists int32 [cases, k]; chosen, tries, seconds_…, cpu_seconds_…, peak_rss_mb
+             length: int = 20, every: int = 4) -> tuple[np.ndarray, dict]: # lists int32 [cases, k]; chosen, tries, seconds_…, cpu_seconds_…, peak_rss_mb
     "The lists of a peer and what they cost; `every` so many epochs a deep one is judged."
     task = dict(model=model, tries=tries_of(model, half_lives, length), cart_weights=cart_weights, k=exam.k, items=items or exam.n_items, n_items=exam.n_items, every=every,
                 seconds=settings.bench.peer_cpu_seconds, threads=settings.run.threads, seed=settings.run.seed)

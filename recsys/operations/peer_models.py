@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'DEEP', 'Rows', 'Queries', 'to_arrays', 'from_arrays', 'most_bought', 'known_rows', 'known_queries',
            'decayed', 'learnt', 'asked', 'whole', 'deep_enough', 'implicit_item_item', 'implicit_als', 'implicit_bpr',
-           'rectools_data', 'rectools_asked', 'rectools_ease', 'pieces', 'rectools_deep', 'deep_data', 'deep_asker',
-           'ndcg', 'choose', 'choose_epochs', 'Clock', 'answer_task']
+           'rectools_data', 'rectools_asked', 'rectools_ease', 'pieces', 'shared_softmax', 'rectools_deep', 'deep_data',
+           'deep_asker', 'ndcg', 'choose', 'choose_epochs', 'Clock', 'answer_task']
 
 # %% ../../nbs/9_operations/14_peer_models.ipynb #cbe58b05
 import importlib, json, resource, time, warnings
@@ -189,13 +189,28 @@ def pieces(user: np.ndarray, length: int) -> np.ndarray: # int64 [n]
     return user * (int(back.max(initial=0)) + 1) + back
 
 # %% ../../nbs/9_operations/14_peer_models.ipynb #333cabf8
+def shared_softmax(negatives: int) -> type:
+    "RecTools' Lightning module with a softmax over `negatives` items drawn for each batch; 0: over all."
+    torch, base = _lib("torch"), _lib("rectools.models.nn.transformers.lightning").TransformerLightningModule
+    class SharedSoftmax(base):
+        def _calc_custom_loss(self, batch, batch_idx):
+            items = self.torch_model.item_model.get_all_embeddings()
+            asked, first = batch["y"] != 0, len(self.item_extra_tokens)
+            x, y = self.torch_model.encode_sessions(batch, items)[asked], batch["y"][asked]
+            if not 0 < negatives < len(items) - first: return torch.nn.functional.cross_entropy(x @ items.T, y)
+            drawn = torch.randint(first, len(items), (negatives,))
+            wrong = (x @ items[drawn].T).masked_fill(drawn == y[:, None], -torch.inf)
+            return torch.nn.functional.cross_entropy(torch.cat([(x * items[y]).sum(1, keepdim=True), wrong], 1), torch.zeros_like(y))
+    return SharedSoftmax
+
+# %% ../../nbs/9_operations/14_peer_models.ipynb #852e32bc
 def rectools_deep(name: str, how: dict, task: dict, epochs: int):
     "An unfitted SASRecModel or BERT4RecModel that trains for `epochs`; `how`: length, factors, blocks, heads, dropout, negatives, learning_rate, batch."
     import pytorch_lightning
     pytorch_lightning.seed_everything(task["seed"], verbose=False)
     return getattr(_lib("rectools.models"), name)(
-        n_blocks=how["blocks"], n_heads=how["heads"], n_factors=how["factors"], dropout_rate=how["dropout"], session_max_len=how["length"], loss="sampled_softmax",
-        n_negatives=how["negatives"], lr=how["learning_rate"], batch_size=how["batch"], epochs=epochs, verbose=0, recommend_torch_device="cpu")
+        n_blocks=how["blocks"], n_heads=how["heads"], n_factors=how["factors"], dropout_rate=how["dropout"], session_max_len=how["length"], loss="shared_softmax",
+        lightning_module_type=shared_softmax(how["negatives"]), lr=how["learning_rate"], batch_size=how["batch"], epochs=epochs, verbose=0, recommend_torch_device="cpu")
 
 def deep_data(rows: Rows, how: dict, n_items: int):
     "Pieces of histories as RecTools' Dataset."
