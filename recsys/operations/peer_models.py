@@ -173,6 +173,7 @@ def rectools_ease(rows: Rows, n_items: int, how: dict, task: dict):
     had = learnt(rows, how["half_life"], n_items).tocoo() # one row for each user and item
     m = _lib("rectools.models").EASEModel(regularization=how["regularization"], recommend_n_threads=task["threads"])
     m.fit(rectools_data(had.row, had.col, had.data, n_items))
+    m.weight = np.ascontiguousarray(m.weight.T)
     def ask(q, k, cart_weight):
         x = asked(q, how["half_life"], cart_weight, n_items)
         return rectools_asked(m, q._replace(ptr=x.indptr, item=x.indices), x.data, n_items, k)
