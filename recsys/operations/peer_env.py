@@ -92,7 +92,8 @@ def tries_of(model: str, half_lives: tuple, length: int) -> list[dict]:
     if model == "implicit ALS": return [dict(factors=n, regularization=r, confidence=c, iterations=15, half_life=half_lives[0]) for n in (64, 128) for r, c in ((.05, 1.), (1., 10.), (5., 40.))]
     if model == "implicit BPR": return [dict(factors=64, learning_rate=.05, regularization=r, iterations=50, half_life=half_lives[0]) for r in (.001, .01, .1)]
     if model == "RecTools EASE": return [dict(regularization=r, half_life=h) for r in (250., 1000.) for h in half_lives]
-    return [dict(length=length, factors=64, blocks=2, heads=2, dropout=.3, negatives=1024, learning_rate=.002, batch=128)]
+    mask = dict(mask_prob=.2 if length > 50 else .6) if model == "RecTools BERT4Rec" else {}
+    return [mask | dict(length=length, factors=64, blocks=2, heads=2, dropout=.3, negatives=1024, learning_rate=.002, batch=128)]
 
 # %% ../../nbs/9_operations/15_peer_env.ipynb #49c8b705
 RUNNER = "import runpy, sys; runpy.run_path(sys.argv[1])['answer_task'](sys.argv[2])"

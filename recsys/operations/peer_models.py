@@ -104,16 +104,17 @@ def _lib(name: str):
     "A peer by name: this project does not depend on it."
     return importlib.import_module(name)
 
-def _quietly(model, had: sp.csr_matrix):
-    "Fit a model of implicit without the warnings about its own conversions."
+def _fitted(kind: type, had: sp.csr_matrix, **how):
+    "A model of implicit, without its warnings about its own conversions and about BLAS, which the bench limits."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        model = kind(**how)
         model.fit(had, show_progress=False)
+    return model
 
 def implicit_item_item(rows: Rows, n_items: int, how: dict, task: dict):
     "`how`: kind (a class of implicit.nearest_neighbours), neighbours, half_life."
-    m = getattr(_lib("implicit.nearest_neighbours"), how["kind"])(K=how["neighbours"], num_threads=task["threads"])
-    _quietly(m, learnt(rows, how["half_life"], n_items))
+    m = _fitted(getattr(_lib("implicit.nearest_neighbours"), how["kind"]), learnt(rows, how["half_life"], n_items), K=how["neighbours"], num_threads=task["threads"])
     def ask(q, k, cart_weight):
         ids, score = m.recommend(np.arange(len(q.user)), asked(q, how["half_life"], cart_weight, n_items), N=k, filter_already_liked_items=False)
         return np.where(score > 0, ids, -1)
@@ -122,9 +123,8 @@ def implicit_item_item(rows: Rows, n_items: int, how: dict, task: dict):
 # %% ../../nbs/9_operations/14_peer_models.ipynb #58ab9101
 def implicit_als(rows: Rows, n_items: int, how: dict, task: dict):
     "`how`: factors, regularization, confidence, iterations, half_life."
-    m = _lib("implicit.cpu.als").AlternatingLeastSquares(factors=how["factors"], regularization=how["regularization"], alpha=how["confidence"], iterations=how["iterations"],
-                                                         num_threads=task["threads"], random_state=task["seed"])
-    _quietly(m, learnt(rows, how["half_life"], n_items))
+    m = _fitted(_lib("implicit.cpu.als").AlternatingLeastSquares, learnt(rows, how["half_life"], n_items), factors=how["factors"], regularization=how["regularization"], alpha=how["confidence"],
+                iterations=how["iterations"], num_threads=task["threads"], random_state=task["seed"])
     def ask(q, k, cart_weight):
         x = asked(q, how["half_life"], cart_weight, n_items)
         ids = m.recommend(np.arange(len(q.user)), x, N=k, filter_already_liked_items=False, recalculate_user=True)[0]
@@ -136,9 +136,8 @@ def implicit_bpr(rows: Rows, n_items: int, how: dict, task: dict):
     "`how`: factors, learning_rate, regularization, iterations, half_life (a row is one as long as it is younger)."
     young = rows.age <= (how["half_life"] or np.inf)
     had = learnt(Rows(rows.user[young], rows.item[young], rows.age[young]), None, n_items)
-    m = _lib("implicit.cpu.bpr").BayesianPersonalizedRanking(factors=how["factors"], learning_rate=how["learning_rate"], regularization=how["regularization"], iterations=how["iterations"],
-                                                             num_threads=1, random_state=task["seed"]) # more threads: other figures each time
-    _quietly(m, had)
+    m = _fitted(_lib("implicit.cpu.bpr").BayesianPersonalizedRanking, had, factors=how["factors"], learning_rate=how["learning_rate"], regularization=how["regularization"], iterations=how["iterations"],
+                num_threads=1, random_state=task["seed"]) # more threads: other figures each time
     def ask(q, k, cart_weight):
         out = np.full((len(q.user), k), -1, np.int32)
         old = np.flatnonzero((q.user >= 0) & (q.user < had.shape[0]))
@@ -206,12 +205,12 @@ def shared_softmax(negatives: int) -> type:
 
 # %% ../../nbs/9_operations/14_peer_models.ipynb #852e32bc
 def rectools_deep(name: str, how: dict, task: dict, epochs: int):
-    "An unfitted SASRecModel or BERT4RecModel that trains for `epochs`; `how`: length, factors, blocks, heads, dropout, negatives, learning_rate, batch."
+    "An unfitted SASRecModel or BERT4RecModel that trains for `epochs`; `how`: length, factors, blocks, heads, dropout, negatives, learning_rate, batch, and mask_prob of BERT4Rec."
     import pytorch_lightning
     pytorch_lightning.seed_everything(task["seed"], verbose=False)
     return getattr(_lib("rectools.models"), name)(
         n_blocks=how["blocks"], n_heads=how["heads"], n_factors=how["factors"], dropout_rate=how["dropout"], session_max_len=how["length"], loss="shared_softmax",
-        lightning_module_type=shared_softmax(how["negatives"]), lr=how["learning_rate"], batch_size=how["batch"], epochs=epochs, verbose=0, recommend_torch_device="cpu")
+        lightning_module_type=shared_softmax(how["negatives"]), lr=how["learning_rate"], batch_size=how["batch"], epochs=epochs, verbose=0, recommend_torch_device="cpu", **{n: v for n, v in how.items() if n == "mask_prob"})
 
 def deep_data(rows: Rows, how: dict, n_items: int):
     "Pieces of histories as RecTools' Dataset."
