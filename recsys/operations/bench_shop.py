@@ -138,7 +138,7 @@ def lost(questions: dict, metrics: tuple) -> list[dict]: # question, part, metri
 def in_words(r: dict) -> str:
     "One such row as a sentence."
     what = {"all": "all purchases", "bought before": "what the user had bought before", "new to the user": "what is new to the user", "shortest histories": "users with the shortest histories", "longest histories": "users with the longest histories"}[r["part"]]
-    return (f"{r['question'].replace('_', ' ')}, {what}: {r['metric'].upper()} {r['ours']:.4f} against {r['theirs']:.4f} of {r['rival']} ({r['difference']:+.4f}, {r['low']:+.4f} to {r['high']:+.4f}; "
+    return (f"{r['question'].replace('_', ' ')}, {what}: {r['metric'].upper().replace('_', ' ')} {r['ours']:.4f} against {r['theirs']:.4f} of {r['rival']} ({r['difference']:+.4f}, {r['low']:+.4f} to {r['high']:+.4f}; "
             + ("beyond chance)" if r["sure"] else "within chance)"))
 
 # %% ../../nbs/9_operations/16_bench_shop.ipynb #f9ffc4ef
@@ -170,7 +170,7 @@ def _kind(name: str) -> str: return "ours" if name.endswith("(ours)") else "a pe
 
 # %% ../../nbs/9_operations/16_bench_shop.ipynb #f4cf6135
 PROTOCOL = ("one global split in time; each known user's first basket in the test window; the whole catalogue is ranked; the cart is masked, earlier purchases are not; all learn from the same purchases known before the window; "
-            "peers choose among a few settings on the four weeks before it by NDCG over both questions and then learn from all rows; baselines have parameters that were tuned once on those weeks; "
+            "peers choose among a few settings on the validation window before it by NDCG over both questions and then learn from all rows; baselines have parameters that were tuned once on the validation weeks of The Complete Journey; "
             "RecTools' models know only the most bought items; intervals: 95 %, bootstrap by user")
 
 def _verdict(questions: dict, main: str) -> dict: # best_rival, times_best, lost
