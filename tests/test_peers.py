@@ -167,6 +167,14 @@ def test_deep_models_learn_what_follows(python, model):
     assert said["chosen"]["epochs"] == best["epochs"] and not any(set(row) & set(had[:6]) for row, had in zip(lists, h))
     assert (lists == h[:, 6:]).any(1).mean() > .5, "by chance: 5 of 24"
 
+def test_peers_of_sessions_answer_prefixes_of_people_nobody_knows(python):
+    from recsys.operations.bench_sessions import PEERS, session_peers
+    train, test = sequences(circle(300).tolist()), prefixes(sequences(circle(20, seed=1).tolist()))
+    found, accounts = session_peers(train, test, 30, 5, replace(small(), bench=replace(small().bench, peer_cpu_seconds=1)), lambda note: None)
+    assert found.keys() == accounts.keys() == PEERS.keys()
+    assert all(l.shape == (len(test.label), 5) and all(len(set(row)) == 5 for row in l) for l in found.values())
+    assert (found["implicit item-item"] == test.label[:, None]).any(1).mean() > .5
+
 # ---------------------------------------------------------------- the account
 
 def test_the_strongest_other_is_found_for_each_metric():
