@@ -2173,6 +2173,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'recsys/operations/peer_models.py'),
                                                'recsys.operations.peer_models.ndcg': ( '9_operations/peer_models.html#ndcg',
                                                                                        'recsys/operations/peer_models.py'),
+                                               'recsys.operations.peer_models.own_peak': ( '9_operations/peer_models.html#own_peak',
+                                                                                           'recsys/operations/peer_models.py'),
                                                'recsys.operations.peer_models.pieces': ( '9_operations/peer_models.html#pieces',
                                                                                          'recsys/operations/peer_models.py'),
                                                'recsys.operations.peer_models.rectools_asked': ( '9_operations/peer_models.html#rectools_asked',

@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'DEEP', 'Rows', 'Queries', 'to_arrays', 'from_arrays', 'most_bought', 'known_rows', 'known_queries',
            'decayed', 'learnt', 'asked', 'whole', 'deep_enough', 'implicit_item_item', 'implicit_als', 'implicit_bpr',
            'rectools_data', 'rectools_asked', 'rectools_ease', 'pieces', 'shared_softmax', 'rectools_deep', 'deep_data',
-           'deep_asker', 'ndcg', 'choose', 'choose_epochs', 'Clock', 'answer_task']
+           'deep_asker', 'ndcg', 'choose', 'choose_epochs', 'Clock', 'own_peak', 'answer_task']
 
 # %% ../../nbs/9_operations/14_peer_models.ipynb #cbe58b05
 import importlib, json, resource, time, warnings
@@ -274,6 +274,11 @@ class Clock:
         self.said |= {f"seconds_{name}": now[0] - self.at[0], f"cpu_seconds_{name}": now[1] - self.at[1]}
         self.at = now
 
+def own_peak() -> float:
+    "MB: the highest resident memory of this process. Linux: since it began; elsewhere (macOS counts bytes) what the system says."
+    try: return next(int(l.split()[1]) / 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
+    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
 def answer_task(folder: str | Path):
     "Do what `folder`/task.json asks; `folder`/lists.npz and said.json."
     folder, clock = Path(folder), Clock()
@@ -291,5 +296,4 @@ def answer_task(folder: str | Path):
     ask, weight, said = _trained(task, known_rows(learn, kept), known_rows(rows, kept), len(kept), judge, clock)
     found = lists(ask, test, weight); clock("answering")
     np.savez(folder/"lists.npz", lists=found)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (folder/"said.json").write_text(json.dumps(said | clock.said | dict(model=task["model"], items=len(kept), peak_rss_mb=peak / 1024)))
+    (folder/"said.json").write_text(json.dumps(said | clock.said | dict(model=task["model"], items=len(kept), peak_rss_mb=own_peak())))
