@@ -335,7 +335,7 @@ def test_the_command_runs_on_clicks_and_fails_in_one_line(files, capsys, monkeyp
     monkeypatch.setenv("RECSYS_PATHS_REPORTS", str(files/"reports"))
     assert main(command) == 0 and "hit_rate@5" in (out := capsys.readouterr().out)
     page = files/"reports"/"benchmarks"/"next_item.html"
-    assert str(page) in out.replace("\n", "") and f"{files.name}/train.txt" in page.read_text() and "better than its own best source" in page.read_text()
+    assert str(page) in out.replace("\n", "") and f"{files.name}/train.txt" in page.read_text() and "better than the strongest of all others measured" in page.read_text()
     for text, what in (("SessionId\tItemId\tTime\n1\t2\t3\n", "50 sessions"), ("a\tb\n1\t2\n", "columns"), ("SessionId\tItemId\tTime\n1\tx\t3\n", "whole numbers"), ("", "cannot be read")):
         (files/"train.txt").write_text(text)
         assert main(command) == 1
