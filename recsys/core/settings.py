@@ -155,6 +155,9 @@ class Evaluation(Section):
     bootstrap_samples: Annotated[int, Meta(ge=100)]
     calibration_bins: Annotated[int, Meta(ge=2)]
     min_cases: Positive
+    new_user_baskets: Positive
+    new_item_days: Positive
+    head_share: Annotated[float, Meta(gt=0, lt=1)]
 
 class Drift(Section):
     alpha: Annotated[float, Meta(gt=0, lt=1)]

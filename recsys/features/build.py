@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GUARDED', 'CATALOGUE', 'Moments', 'moments_of', 'day_of', 'sellable_at', 'coded_log', 'live_table', 'shown_lists',
-           'check_live', 'build_features', 'read_moments']
+           'visit_devices', 'check_live', 'build_features', 'read_moments']
 
 # %% ../../nbs/2_features/06_build.ipynb #a21fd314
 from datetime import datetime, timezone
@@ -90,6 +90,18 @@ def shown_lists(rows: pl.LazyFrame, items: pl.Series, users: pl.Series, kinds: l
     return rows.select(list=pl.struct("request_id", "placement").rle_id().cast(pl.Int32), ts="begins", known="known", user="user", item="item",
                        placement=pl.col("placement").rank("dense").cast(pl.Int32) - 1, position="position", **{t: pl.col(t) for t in kinds})
 
+# %% ../../nbs/2_features/06_build.ipynb #2d03b20d
+def visit_devices(events: pl.LazyFrame, users: pl.Series, target: str, since: int) -> pl.DataFrame:
+    """user (code), ts (epoch s) and device of the `target` events from `since` (epoch s) on whose visit tells its device; sorted.
+
+    A context tells it as {"device": "phone"} or {"device": {"category": "mobile"}}; `users`: sorted ids, the position is the code."""
+    device = pl.coalesce(pl.col("context").str.json_path_match(f"$.device{of}") for of in (".category", ""))
+    e = (events.filter(pl.col("consent"), pl.col("ts").dt.epoch("s") >= since)
+         .select(id=pl.coalesce("user_id", "visitor_id"), visit="session_id", type="event_type", ts=pl.col("ts").dt.epoch("s"), device=device).collect())
+    told = e.drop_nulls("device").sort("ts", "device").unique(["id", "visit"], keep="first", maintain_order=True).select("id", "visit", "device")
+    codes = pl.DataFrame({"id": users, "user": np.arange(len(users), dtype=np.int32)})
+    return e.filter(pl.col("type") == target).drop("device").join(told, on=["id", "visit"]).join(codes, on="id").select("user", "ts", "device").unique().sort("user", "ts", "device")
+
 # %% ../../nbs/2_features/06_build.ipynb #aa4f0121
 GUARDED = 100 # users, and as many items, whose live features the leak guard computes again
 
@@ -124,7 +136,7 @@ CATALOGUE = ("item_id", "title", "category", "brand", "price", "stock", "attribu
 def build_features(ingested: str | Path, out: str | Path, settings: Settings, on_step=None) -> dict:
     """Snapshots of all moments, from the folder that `ingest` wrote.
 
-    Writes `out`/lines.parquet, shown.parquet, users.parquet, catalogue.parquet, one folder of arrays per moment (named by `day_of`), and features.json:
+    Writes `out`/lines.parquet, shown.parquet, devices.parquet (of the test weeks), users.parquet, catalogue.parquet, one folder of arrays per moment (named by `day_of`), and features.json:
     moments, their names, rows, users, items, what the leak guard looked at. `on_step(name)` is called after each moment. Returns what features.json says."""
     ingested, out, f = Path(ingested), Path(out), settings.features
     now = datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"])
@@ -138,6 +150,7 @@ def build_features(ingested: str | Path, out: str | Path, settings: Settings, on
     live = {e: live_table(log, some, e, n, moments.all) for e, some, n in (("item", RANKED_ITEM, items.height), ("user", RANKED_USER, len(users)))}
     with full_disk_is_clear(out):
         lines.write_parquet(out/"lines.parquet"); shown_lists(fates, items["item_id"], users, list(minutes)).write_parquet(out/"shown.parquet")
+        visit_devices(events, users, settings.data.target_event, moments.test).write_parquet(out/"devices.parquet")
         pl.DataFrame({"user_id": users}).write_parquet(out/"users.parquet")
         items.select(c for c in CATALOGUE if c in items.columns).write_parquet(out/"catalogue.parquet")
         for k, moment in enumerate(moments.all):

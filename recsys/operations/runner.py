@@ -34,7 +34,7 @@ STEPS = (
     Step("features", ("ingest", "validate"), ("data", "features", "candidates", "evaluation", "ranker")),
     Step("candidates", ("features",), ("data", "candidates", "index", "embeddings", "run")),
     Step("train", ("features", "candidates"), ("data", "candidates", "ranker", "evaluation", "run")),
-    Step("evaluate", ("features", "candidates", "train"), ("data", "candidates", "evaluation", "run")),
+    Step("evaluate", ("features", "candidates", "train"), ("data", "candidates", "evaluation", "run"), (("serving", "rules"),)),
     Step("drift", ("features", "candidates", "train"), ("data", "candidates", "drift", "evaluation", "run")),
     Step("publish", ("ingest", "features", "candidates", "train", "evaluate", "drift"), ("candidates",), (("serving", "rules"),)))
 

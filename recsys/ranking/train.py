@@ -20,7 +20,9 @@ from .calibration import fit_calibration, save_calibration
 from .position import fit_propensities, list_per_outcome, list_rows
 from .ranker import fit_both, held_out, save_ranker
 from .rows import Cases, Rows, gain_of, make_cases, training_rows
+from .time_guard import check_cases
 from .tuning import tune
+from .validation import save_validation, top_lists
 
 # %% ../../nbs/4_ranking/03_train.ipynb #0f3f55eb
 def _sessions_of(lines: pl.DataFrame, moment: int, until: int) -> pl.DataFrame:
@@ -79,6 +81,7 @@ def material(features: Path, candidates: Path, moments: Moments, settings: Setti
         state, own, until = load_state(features/day_of(moment), candidates/day_of(moment)), seed + moment % 1_000_003, moments.until(moment)
         cases = cases_after(lines, moment, until, seed, gains, settings.data.target_event)
         if not len(cases.user): raise RecsysError(f"nobody who was known on {day_of(moment)} came back before {day_of(until)}", "train", "give a longer log")
+        check_cases(cases, lines, moment, until, day_of(moment))
         rows, then = training_rows(state, cases, c.per_source, c.budget, negatives, own, r.price_share), shown.filter((pl.col("ts") >= moment) & (pl.col("ts") < until))
         lists = [list_rows(state, then, c.per_source, c.budget, gains, r.price_share, r.shown_lists, own)] if r.shown_lists and then.height else []
         step(day_of(moment))
@@ -104,7 +107,7 @@ def calibrate(score: np.ndarray, validation: Rows, cases: Cases, bins: int) -> t
 
 # %% ../../nbs/4_ranking/03_train.ipynb #00b3d5ee
 def train_ranker(features: str | Path, candidates: str | Path, out: str | Path, settings: Settings, on_step=None) -> dict:
-    """A ranker and its curves of probability: `out`/ranker.txt, calibration.npy and train.json: rows, cases, bought, lists, propensities,
+    """A ranker and its curves of probability: `out`/ranker.txt, calibration.npy, validation (its held-out lists) and train.json: rows, cases, bought, lists, propensities,
     validation_cases, trees, parameters, trials (of the search, if there was one), curve, calibration, importance.
 
     `on_step(name)` is called after each moment's rows, `on_step("trial n")` while searching, `on_step("tree n")` while fitting."""
@@ -114,8 +117,10 @@ def train_ranker(features: str | Path, candidates: str | Path, out: str | Path, 
     how = dict(leaves=r.leaves, learning_rate=r.learning_rate, min_rows_in_leaf=r.min_rows_in_leaf, cutoff=settings.evaluation.cutoffs[0], seed=settings.run.seed, threads=settings.run.threads)
     if r.tune_seconds or r.tune_trials: how, trials = tune(m.training, m.validation, r.trees, r.early_stopping_rounds, r.tune_seconds, r.tune_trials, step, **how)
     fit = fit_both(m.training, m.validation, r.trees, r.early_stopping_rounds, r.negatives, on_tree=lambda n: step(f"tree {n}"), newest=m.newest, **how)
-    curves, calibration = calibrate(held_out(fit, m.validation, settings.run.threads), m.validation, m.cases, settings.evaluation.calibration_bins)
+    score = held_out(fit, m.validation, settings.run.threads)
+    curves, calibration = calibrate(score, m.validation, m.cases, settings.evaluation.calibration_bins)
     save_ranker(fit.booster, out/"ranker.txt"); save_calibration(curves, out/"calibration.npy")
+    save_validation(out/"validation", m.cases, top_lists(m.validation, score, len(m.cases.user), max(settings.evaluation.cutoffs)))
     gain, names = fit.booster.feature_importance("gain"), fit.booster.feature_name()
     said = dict(rows=int(sum(len(t.x) for t in m.training)), cases=int(sum(len(t.size) for t in m.training)), bought=int(sum(t.bought.sum() for t in m.training)),
                 lists=m.lists, propensities=None if m.propensities is None else [[None if np.isnan(p) else float(p) for p in row] for row in m.propensities],
