@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAMPS', 'PALETTE', 'TYPE', 'BLOCKS', 'TABLES', 'PRINT', 'CODE', 'CSS', 'clean', 'escape', 'show', 'Block', 'light',
-           'headline', 'cards', 'html_table', 'bar', 'ends', 'table', 'note', 'details', 'row', 'page', 'tame',
-           'to_html']
+           'headline', 'cards', 'html_table', 'bar', 'ends', 'table', 'sortable', 'note', 'details', 'row', 'page',
+           'tame', 'to_html']
 
 # %% ../../nbs/9_operations/01_report.ipynb #3072fa3a
 import datetime, math, re
@@ -141,6 +141,24 @@ def table(df: pl.DataFrame,
     text = f"{caption}\n" + "\n".join("  ".join(show(v, formats.get(c)) for c, v in zip(df.columns, r)) for r in df.head(20).iter_rows())
     return Block(html_table(caption, head, cells, more), text)
 
+# %% ../../nbs/9_operations/01_report.ipynb #e0ce9692
+def _ranks(values: list) -> list[int]:
+    "The place of each value: numbers from the largest, texts in order, None and NaN last."
+    known = lambda v: v is not None and v == v
+    number = all(isinstance(v, (int, float)) for v in values if known(v))
+    order = sorted(range(len(values)), key=lambda i: (not known(values[i]), 0 if not known(values[i]) else -values[i] if number else str(values[i])))
+    return [order.index(i) for i in range(len(values))]
+
+def sortable(df: pl.DataFrame, caption: str, key: str, formats: dict[str, str] | None = None) -> Block:
+    "As `table`, with headers that sort the rows; `key`: a short name, letters and digits, that no other table of the page has."
+    plain, names = table(df, caption, formats, limit=df.height), [f"{key}-{n}" for n in range(df.width)]
+    style, html = "".join(f"#{a}:target tr{{order:var(--{a})}}#{a}:target thead tr{{order:-1}}" for a in names), plain.html
+    for a, c in zip(names, df.columns): html = html.replace(f">{escape(c)}</th>", f'><a href="#{a}" title="Sort by {escape(c)}">{escape(c)}</a></th>', 1)
+    ranks, (top, *rows) = zip(*(_ranks(df[c].to_list()) for c in df.columns)), html.split("<tbody>")[1].split("<tr>")
+    body = "".join(f'<tr style="{";".join(f"--{a}:{r}" for a, r in zip(names, place))}">{row}' for place, row in zip(ranks, rows))
+    html = (html.split("<tbody>")[0] + "<tbody>" + top + body).replace(f"<caption>{escape(caption)}</caption>", f"<caption><span>{escape(caption)}</span></caption>")
+    return Block(f"<style>{style}</style>" + "".join(f'<div id="{a}" class="rs-sort" style="--n:{df.width}">' for a in names) + html + "</div>" * df.width, plain.text)
+
 # %% ../../nbs/9_operations/01_report.ipynb #848e0f26
 def note(text: str) -> Block:
     "Plain paragraphs; an empty line begins a new one."
@@ -233,6 +251,8 @@ th:first-child,td:first-child{padding-left:0}th:last-child,td:last-child{padding
 thead th{color:var(--soft);font-weight:500;font-size:.85rem;vertical-align:bottom;border-bottom-color:var(--soft)}
 .num{text-align:right}td.num,.fixed{white-space:nowrap}.more{color:var(--soft);font-size:.88rem;margin:.25rem 0 0}
 .wide{min-width:15rem}
+.rs-sort{scroll-margin-top:1rem}.rs-sort table{display:grid;grid-template-columns:repeat(var(--n),auto)}.rs-sort :is(thead,tbody,caption){display:contents}
+.rs-sort caption>span{grid-column:1/-1;order:-2}.rs-sort tr{display:grid;grid-column:1/-1;grid-template-columns:subgrid}.rs-sort thead tr{order:-1}
 @media (max-width:40rem){th,td{padding:.45rem .5rem}.rs-cards .value{font-size:1.3rem}}
 .bar{display:block;height:4px;margin-top:4px;min-width:4.5rem;border-radius:2px;
 background:color-mix(in srgb,var(--line) 60%,transparent)}.bar>span{display:block;height:4px;border-radius:2px;background:var(--c1)}
