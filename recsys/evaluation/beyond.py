@@ -56,13 +56,15 @@ def coverage_interval(lists: np.ndarray, n_items: int, k: int, clusters: np.ndar
     return _around(coverage(lists, n_items, k), -np.bincount(who[only], minlength=n) / n_items, level)
 
 def gini_interval(lists: np.ndarray, n_items: int, k: int, clusters: np.ndarray, level: float = .95) -> Interval:
-    "`gini` with its interval over `clusters` [n_cases], by the infinitesimal jackknife (Jaeckel 1972); ties share their mean rank."
-    x, value = exposure(lists, n_items, k), gini(lists, n_items, k)
-    _, level_of, often = np.unique(x, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(often) - (often - 1) / 2)[level_of]
-    slope = ((2 * rank - n_items - 1) / n_items - value) / max(x.sum(), 1)
+    "`gini` with its jackknife interval over `clusters` [n_cases]."
     who, item, n = _shown(lists, clusters, k)
-    return _around(value, -np.bincount(who, slope[item], minlength=n), level)
+    x = np.bincount(np.unique(item, return_inverse=True)[1]) if len(item) else np.zeros(0, int)
+    at, weight = np.unique(item, return_inverse=True)[1], 2 * np.arange(n_items - len(x) + 1, n_items + 1) - n_items - 1 # those never shown have the lowest ranks
+    order = np.argsort(who, kind="stable"); parts = np.split(at[order], np.searchsorted(who[order], np.arange(1, n)))
+    def without(own):
+        left = np.sort(x - np.bincount(own, minlength=len(x)))
+        return float(weight @ left) / (n_items * max(left.sum(), 1))
+    return _around(gini(lists, n_items, k), np.array([without(p) for p in parts]), level)
 
 # %% ../../nbs/6_evaluation/07_beyond.ipynb #bf71cc10
 BEYOND = ("novelty", "diversity", "coverage", "gini", "popularity_lift")
