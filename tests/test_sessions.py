@@ -238,11 +238,22 @@ def test_training_rows_never_meet_their_own_session_nor_anything_later(monkeypat
     pieces = R.training_pieces
     def keep(fitted, c, *a): r = pieces(fitted, c, *a); rows.append((fitted, c, r)); return r
     monkeypatch.setattr(R, "training_pieces", keep)
-    s = Q.sequences(lists + walks(0))
+    s = Q.sequences([[0, 1], *lists[1:]])  # a session of two clicks: a prefix may be one item long
     R.fit_sessions(s, 2 * n, 5, quick())
     learn, choose = R.plan(s, quick())[:2]
     assert asked == [choose, *learn] and seen == [*(a for a, _ in learn), choose[0], n]
     for fitted, c, _ in rows: assert set(np.unique(c.item)) <= {0, 1} and fitted.tables.item_x[:, S.ITEM_NAMES.index("count")].max() <= n + 2
+
+
+def test_no_prefix_is_shorter_than_any_that_the_file_would_ask_for():
+    for shortest, least in ((2, 1), (3, 2), (5, 4)):
+        s = Q.sequences([[0, 1]] * (shortest == 2) + [w for w in walks(600) if len(w) >= shortest])
+        assert len(s.ptr) > 60 and Q.lengths(s).min() == shortest
+        assert Q.shortest_prefix(s) == R.plan(s, quick()).least == least
+        assert Q.shortest_prefix(Q.known_part(s, np.ones(60, bool), 10**6)) == 1
+        a, b = R.plan(s, quick()).choose
+        cases = S.block_cases(s, 60, a, b, least, 10**6, 0)
+        assert (cases.end - cases.start).min() == least and (Q.prefixes(s, least).end - Q.prefixes(s, least).start).min() == least
 
 
 def test_blocks_lie_at_the_end_in_order_and_leave_half():

@@ -68,7 +68,7 @@ class Cases(NamedTuple):
     label: np.ndarray   # int32 [n]: the next item; -1: one that the catalogue does not know
     session: np.ndarray # int64 [n]: cases of one session are not independent
 
-def shortest_prefix(s: Sequences) -> int: "Items that a prefix has at least, as far as `s` shows."; return max(1, int(lengths(s).min(initial=2)) - 1)
+def shortest_prefix(s: Sequences) -> int: "Items that a prefix has at least, as far as `s` shows."; return max(1, int(lengths(s).min()) - 1) if len(s.ptr) > 1 else 1
 
 def prefixes(s: Sequences, least: int = 1) -> Cases:
     "All cases of `s` whose prefix has `least` items or more."
