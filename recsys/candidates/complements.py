@@ -22,7 +22,7 @@ def log_likelihood_ratio(both, a, b, n) -> np.ndarray:
     return np.where(both * n > np.asarray(a, float) * b, np.maximum(ratio, 0), 0)
 
 # %% ../../nbs/3_candidates/18_complements.ipynb #f7c8d476
-LOOK = 4 # as many neighbours are looked at, for each that is kept
+LOOK = 2 # as many neighbours are looked at, for each that is kept
 
 def complements(lines: pl.DataFrame, sessions: pl.DataFrame, category: np.ndarray, moment: float, half_life: float, k: int, shrink: float = 5.) -> tuple[np.ndarray, np.ndarray]:
     """The `k` complements of each item: ids int32 [items, k] (-1: none), scores float32 [items, k] in 0..1, falling.
@@ -33,10 +33,13 @@ def complements(lines: pl.DataFrame, sessions: pl.DataFrame, category: np.ndarra
     weight = .5 ** ((moment - sessions["ts"].to_numpy()) / DAY / half_life) / np.sqrt(np.maximum(sessions["size"].to_numpy(), 1))
     of = lines["session"].rank("dense").to_numpy().astype(np.int64) - 1
     count, total = np.bincount(lines["item"].to_numpy(), weight[of], n), weight.sum()
-    other = np.maximum(ids, 0)
-    both = np.minimum(cosine * np.sqrt((count[:, None] + shrink) * (count[other] + shrink)), np.minimum(count[:, None], count[other]))
-    ratio = log_likelihood_ratio(both, count[:, None], count[other], total)
-    ratio[(ids < 0) | (category[other] == category[:, None])] = 0
-    order = np.argsort(-ratio, 1, kind="stable")[:, :k]
-    best = np.take_along_axis(ratio, order, 1)
-    return np.where(best > 0, np.take_along_axis(ids, order, 1), -1), (best / np.maximum(best[:, :1], 1e-9)).astype(np.float32)
+    item, place = np.nonzero((ids >= 0) & (category[ids] != category[:, None]))
+    a, b = count[item], count[ids[item, place]]
+    both = np.minimum(cosine[item, place] * np.sqrt((a + shrink) * (b + shrink)), np.minimum(a, b))
+    ratio, found, scores = log_likelihood_ratio(both, a, b, total), np.full((n, k), -1, np.int32), np.zeros((n, k), np.float32)
+    order = np.lexsort((-ratio, item))
+    order = order[ratio[order] > 0]
+    nth = np.arange(len(order)) - np.searchsorted(item[order], item[order])
+    order, nth = order[nth < k], nth[nth < k]
+    found[item[order], nth], scores[item[order], nth] = ids[item[order], place[order]], ratio[order]
+    return found, scores / np.maximum(scores[:, :1], 1e-9)
