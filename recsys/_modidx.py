@@ -1325,6 +1325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'recsys/evaluation/protocol.py'),
                                             'recsys.evaluation.protocol.judge_rules': ( '6_evaluation/protocol.html#judge_rules',
                                                                                         'recsys/evaluation/protocol.py'),
+                                            'recsys.evaluation.protocol.judge_sources': ( '6_evaluation/protocol.html#judge_sources',
+                                                                                          'recsys/evaluation/protocol.py'),
                                             'recsys.evaluation.protocol.question_of': ( '6_evaluation/protocol.html#question_of',
                                                                                         'recsys/evaluation/protocol.py'),
                                             'recsys.evaluation.protocol.subset': ( '6_evaluation/protocol.html#subset',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'BASELINES', 'question_of', 'subset', 'baseline_lists', 'Survey', 'survey', 'judge_chances',
-           'without_twins', 'judge', 'correct', 'judge_rules', 'all_slices', 'evaluate_run']
+           'without_twins', 'judge', 'judge_sources', 'correct', 'judge_rules', 'all_slices', 'evaluate_run']
 
 # %% ../../nbs/6_evaluation/03_protocol.ipynb #fe1c3646
 from pathlib import Path
@@ -63,6 +63,7 @@ class Survey(NamedTuple):
     "What the engine answered, C cases."
     lists: np.ndarray             # int32 [C, k], -1 pads
     recall: dict[str, np.ndarray] # float [C] by source and for their union: share of the targets among the candidates
+    alone: dict[str, np.ndarray]  # int32 [C, k] by source: its own list, as it proposed it
     case: np.ndarray              # int [rows]: of each candidate
     probability: np.ndarray       # float [rows]
     bought: np.ndarray            # bool [rows]
@@ -70,16 +71,19 @@ class Survey(NamedTuple):
 def survey(engine: Engine, cases: Cases, k: int, curves: np.ndarray) -> Survey:
     "Ask the engine, without its rules, each of the `cases`; `curves` [2, 2, KNOTS] without and with a cart."
     n, work, parts = len(cases.user), engine.work, [(np.zeros(0, int), np.zeros(0), np.zeros(0, bool))]
-    lists, found = np.full((n, k), -1, np.int32), {s: np.zeros(n) for s in (*SOURCES, "union")}
+    lists, found, alone = np.full((n, k), -1, np.int32), {s: np.zeros(n) for s in (*SOURCES, "union")}, {s: np.full((n, k), -1, np.int32) for s in SOURCES}
     for c, user in enumerate(cases.user):
         cart, target = cases.cart[cases.cart_ptr[c]:cases.cart_ptr[c + 1]][:MAX_CONTEXT], cases.target[cases.target_ptr[c]:cases.target_ptr[c + 1]]
         rows, scores, _ = engine.rank(int(user), cart, engine.nobody, len(work.ids))
         lists[c, :len(rows[:k])] = work.ids[rows[:k]]
         bought = np.isin(work.ids[rows], target)
-        for s, name in enumerate(SOURCES): found[name][c] = (bought & (work.ranks[rows, s] < ABSENT)).sum() / len(target)
+        for s, name in enumerate(SOURCES):
+            own = work.ranks[rows, s] < ABSENT
+            first = rows[own][np.argsort(work.ranks[rows[own], s])[:k]]
+            found[name][c], alone[name][c, :len(first)] = (bought & own).sum() / len(target), work.ids[first]
         found["union"][c] = bought.sum() / len(target)
         parts.append((np.full(len(rows), c), probability_of(curves[int(len(cart) > 0)], scores), bought))
-    return Survey(lists, found, *map(np.concatenate, zip(*parts)))
+    return Survey(lists, found, alone, *map(np.concatenate, zip(*parts)))
 
 # %% ../../nbs/6_evaluation/03_protocol.ipynb #d3fe729a
 def judge_chances(probability: np.ndarray, bought: np.ndarray, users: np.ndarray, bins: int, samples: int, seed: int) -> dict:
@@ -138,6 +142,14 @@ def judge(ours: np.ndarray, baselines: dict[str, np.ndarray], cases: Cases, hist
                 sources=[dict(source=s, recall=float(recall[s].mean())) for s in SOURCES], repeat_share=float(repeat.mean()),
                 repeats={"ours": _repeats(ours, targets, repeat, cases.user, settings), best: _repeats(baselines[best], targets, repeat, cases.user, settings)},
                 beyond={"ours": wide(ours)} | {n: wide(l) for n, l in baselines.items()})
+
+# %% ../../nbs/6_evaluation/03_protocol.ipynb #c13d1420
+def judge_sources(ours: np.ndarray, alone: dict[str, np.ndarray], cases: Cases, settings: Settings) -> list[dict]:
+    "NDCG at the first cutoff of each source's own lists int32 [cases, k], and how far `ours` are ahead: source, ndcg, difference, low, high, p."
+    e, targets = settings.evaluation, Targets(cases.target_ptr, cases.target)
+    value = lambda lists: evaluate(lists, targets, e.cutoffs[:1])[f"ndcg@{e.cutoffs[0]}"]
+    mine, told = value(ours), {name: value(lists) for name, lists in alone.items()}
+    return [dict(source=name, ndcg=float(v.mean()), **paired_bootstrap(mine, v, cases.user, e.bootstrap_samples, settings.run.seed)._asdict()) for name, v in told.items()]
 
 # %% ../../nbs/6_evaluation/03_protocol.ipynb #57c3f607
 def correct(questions: dict[str, dict], lists: dict[str, np.ndarray], ours: np.ndarray, cases: Cases, settings: Settings, old: np.ndarray | bool = True):
@@ -207,6 +219,7 @@ def evaluate_run(features: str | Path, candidates: str | Path, trained: str | Pa
         if not (which := asks & old).any(): continue
         mine, part, at = subset(cases, which), {n: l[which] for n, l in baselines.items()}, which[ours.case]
         q = judge(ours.lists[which], part, mine, history, share, np.ascontiguousarray(state.category[:, ::-1]), {s: r[which] for s, r in ours.recall.items()}, settings)
+        q["sources"] = [s | more for s, more in zip(q["sources"], judge_sources(ours.lists[which], {s: l[which] for s, l in ours.alone.items()}, mine, settings))]
         q["calibration"] = judge_chances(ours.probability[at], ours.bought[at], cases.user[ours.case[at]], e.calibration_bins, e.bootstrap_samples, seed)
         if ruled is not None: q["ruled"] = judge_rules(ruled[which], ours.lists[which], mine, share, settings)
         said[question] = q | dict(slices=_sliced(ours.lists, baselines[q["best_baseline"]], cases, asks, slices, settings)); step(question)
