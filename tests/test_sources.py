@@ -11,9 +11,10 @@ from recsys.candidates.content import catalogue_attributes, content_links
 from recsys.candidates.factorization import fit_factors, fold_in, had
 from recsys.candidates.trending import DOUBT, LONG, SHORT, surplus, trending
 from recsys.core.settings import RecsysError, load_settings
-from recsys.features.definitions import ABSENT, SOURCES
+from recsys.features.definitions import ABSENT, NAMES, SOURCES
 from recsys.features.point_in_time import save_arrays, sessions_of
 from recsys.serving.bundle import open_bundle, promote
+from recsys.serving.engine import reasons_of
 from test_serving import N_ITEMS, N_USERS, publish, tables
 
 DAY = 86400.
@@ -139,3 +140,8 @@ def test_a_version_from_before_these_sources_opens_and_half_a_source_does_not(tm
     for k, broken in enumerate((dict(user_factor=none), dict(item_factor=none), dict(content_scores=none), dict(complement_ids=none.astype(np.int32)), dict(trending=np.array([N_ITEMS], np.int32)),
                                 dict(user_close=np.full((N_USERS, 3), -2, np.int32)))):
         with pytest.raises(RecsysError, match=dict(item_factor="user_factor").get(*[next(iter(broken))] * 2).split("_")[0]): publish(tmp_path, f"w{k}", with_sources()._replace(**broken))
+
+def test_every_source_has_words_of_its_own():
+    x = np.zeros(len(NAMES), np.float32)
+    without = reasons_of(x, list(SOURCES), None); x[NAMES.index("cart_size")] = 2
+    assert len(set(without)) == len(SOURCES) and without[SOURCES.index("content")] != reasons_of(x, ["content"], None)[0]

@@ -137,10 +137,11 @@ def reasons_of(x: np.ndarray, sources: list[str], placed_by: str | None, of_segm
     """Sentences for one candidate from its features; the first belongs to the source that placed it highest.
 
     `of_segment`: False for a popular item that is not on the user's own segment's list."""
-    times, days = x[_column("bought_count")], x[_column("bought_days_since")]
+    times, days, like = x[_column("bought_count")], x[_column("bought_days_since")], "what is in the cart" if x[_column("cart_size")] else "what was bought lately"
     say = {"repeat": f"bought {times:.0f} × before, last {days:.0f} days ago", "together": "often bought with what is in the cart",
            "follow": "often follows what was bought lately", "vector": "close to this user's taste",
-           "vector_cart": "fits the cart", "segment": "popular with similar users" if of_segment and x[_column("user_recency_days")] >= 0 else "popular in the shop", "pin": "placed here by the shop"}
+           "vector_cart": "fits the cart", "segment": "popular with similar users" if of_segment and x[_column("user_recency_days")] >= 0 else "popular in the shop",
+           "factor": "people with similar habits buy it", "complement": "completes the cart", "content": f"similar to {like}", "trending": "sells better than usual these days", "pin": "placed here by the shop"}
     ordered = ([placed_by] if placed_by else []) + [s for s in sources if s != placed_by]
     return [say[s] for s in ordered]
 
