@@ -2630,8 +2630,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'recsys/ranking/sequence_ranker.py'),
                                                 'recsys.ranking.sequence_ranker.attention_source': ( '4_ranking/sequence_ranker.html#attention_source',
                                                                                                      'recsys/ranking/sequence_ranker.py'),
-                                                'recsys.ranking.sequence_ranker.content_links': ( '4_ranking/sequence_ranker.html#content_links',
-                                                                                                  'recsys/ranking/sequence_ranker.py'),
                                                 'recsys.ranking.sequence_ranker.content_source': ( '4_ranking/sequence_ranker.html#content_source',
                                                                                                    'recsys/ranking/sequence_ranker.py'),
                                                 'recsys.ranking.sequence_ranker.fit_sequence_sources': ( '4_ranking/sequence_ranker.html#fit_sequence_sources',

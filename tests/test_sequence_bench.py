@@ -11,7 +11,7 @@ from recsys.core.settings import RecsysError, load_settings
 from recsys.evaluation.next_item import next_item_metrics
 from recsys.operations.bench_sequences import bench_sequences, sequence_baselines, sequence_peers
 from recsys.operations.cli import main
-from recsys.ranking.sequence_ranker import (FALSE_HERE, answer_sequences, attention_maker, content_links, content_source, fit_sequences, last_two,
+from recsys.ranking.sequence_ranker import (FALSE_HERE, answer_sequences, attention_maker, content_source, fit_sequences, last_two,
                                             read_attributes, sequence_rows, unseen)
 
 ITEMS = 60
@@ -42,17 +42,6 @@ def test_unseen_keeps_the_order_of_the_others():
         for u, h in enumerate(lists):
             want = [i for i in source[u] if i >= 0 and i not in h[:-1]]
             assert found[u].tolist() == want + [-1] * (30 - len(want))
-
-def test_content_is_the_cosine_of_a_plain_loop():
-    rng = np.random.default_rng(0); has = np.where(rng.random((30, 3)) < .6, rng.permuted(np.tile(np.arange(6), (30, 1)), axis=1)[:, :3], 6)
-    idf = np.log1p(30 / np.maximum([(has == a).sum() for a in range(6)], 1))
-    x = np.array([[idf[a] * (a in row) for a in range(6)] for row in has])
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
-    want = x @ x.T; np.fill_diagonal(want, 0)
-    links = content_links(has, 6, 30, block=7)
-    for i in range(30):
-        found = dict(zip(links.ids[i], links.weight[i])); found.pop(-1, None)
-        assert found.keys() == set(np.flatnonzero(want[i] > 1e-9)) and all(abs(found[j] - want[i, j]) < 1e-5 for j in found)
 
 def test_attributes_are_read_by_id(tmp_path):
     pl.DataFrame(dict(item=[70, 50, 99], attributes=[[3, 1], [1], [4]])).write_parquet(tmp_path/"a.parquet")
