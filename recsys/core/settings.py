@@ -127,6 +127,8 @@ class Sessions(Section):
     block_share: Annotated[float, Meta(gt=0, le=0.25)]
     training_cases: Positive
     validation_cases: Positive
+    trees: Positive
+    early_stopping_rounds: Positive
     trials: Positive
     budget: Annotated[int, Meta(ge=10, le=1000)]
     negatives: Positive

@@ -67,7 +67,7 @@ def fit_sessions(train: Sequences, n_items: int, k: int, settings: Settings, mor
     validation = _validation_rows(fit_sources(part(train, 0, p.choose[0]), n_items, how, more), asked, settings, k)
     say("trees")
     fitted = fit_sources(train, n_items, how, more)
-    booster, curve = fit_ranker(rows, validation, r.trees, r.early_stopping_rounds, s.negatives, names=feature_names(fitted.sources), leaves=r.leaves, learning_rate=r.learning_rate,
+    booster, curve = fit_ranker(rows, validation, s.trees, s.early_stopping_rounds, s.negatives, names=feature_names(fitted.sources), leaves=r.leaves, learning_rate=r.learning_rate,
                                 min_rows_in_leaf=r.min_rows_in_leaf, cutoff=k, seed=seed, threads=settings.run.threads)
     return SessionModel(fitted, booster, how, dict(trials=trials, curve=curve, training_rows=sum(len(x.ids) for x in rows), training_cases=sum(len(x.size) for x in rows)))
 
