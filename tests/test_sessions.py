@@ -28,7 +28,7 @@ def walks(n, items=60, seed=0):
 
 def quick():
     s = load_settings()
-    return replace(s, sessions=replace(s.sessions, blocks=3, trials=3, training_cases=3000, trees=15), ranker=replace(s.ranker, min_rows_in_leaf=5), evaluation=replace(s.evaluation, bootstrap_samples=100))
+    return replace(s, sessions=replace(s.sessions, blocks=3, trials=3, training_cases=3000, trees=15, attention_epochs=1), ranker=replace(s.ranker, min_rows_in_leaf=5), evaluation=replace(s.evaluation, bootstrap_samples=100))
 
 
 def top(score: dict, k: int) -> list:

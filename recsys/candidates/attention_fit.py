@@ -6,7 +6,7 @@
 __all__ = ['windows', 'SequenceBatches', 'AttentionModule', 'cosine', 'task_digest', 'fit_attention', 'save_attention']
 
 # %% ../../nbs/3_candidates/16_attention_fit.ipynb #faeeea5a
-import hashlib, json, logging, math, warnings
+import copy, hashlib, json, logging, math, warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,6 +119,7 @@ def fit_attention(ptr: np.ndarray,   # int64 [sequences + 1]: where each sequenc
                   negatives: int = 0,              # items drawn for the loss of a batch; 0: all
                   seed: int = 0,
                   folder: str | Path | None = None, # for the state after each epoch; None: not kept
+                  start: Attention | None = None,   # goes on from a copy of it, whose state is not kept; None: a new model
                   strategy: str = "auto", devices: int = 1, precision: str = "32-true", progress: bool = False,
                   ) -> tuple[Attention, list[float]]:
     """Train a model on ragged sequences; it and the mean loss of each epoch. Goes on from the state that a killed run left in `folder`.
@@ -126,10 +127,11 @@ def fit_attention(ptr: np.ndarray,   # int64 [sequences + 1]: where each sequenc
     `RecsysError` if no sequence has two items, or a batch is smaller than a window."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if batch_targets < shape.length: raise RecsysError(f"a batch of {batch_targets} targets cannot hold a window of {shape.length}", "attention", "raise the batch or shorten the windows")
+    if start: folder = None
     batches = SequenceBatches(ptr, items, shape.items, shape.length, batch_targets, negatives, seed)
     if not len(batches.begin): raise RecsysError("no sequence has two items: nothing to learn from", "attention", "train on longer sequences")
     torch.manual_seed(seed)
-    module = AttentionModule(Attention(shape, attributes), batches, epochs, learning_rate, seed)
+    module = AttentionModule(copy.deepcopy(start) if start else Attention(shape, attributes), batches, epochs, learning_rate, seed)
     name = task_digest(ptr, items, attributes, shape, epochs=epochs, batch_targets=batch_targets, learning_rate=learning_rate, negatives=negatives, seed=seed, precision=precision)
     state = Path(folder)/f"{name}.ckpt" if folder else None
     with warnings.catch_warnings():

@@ -129,6 +129,9 @@ class Sessions(Section):
     validation_cases: Positive
     trees: Positive
     early_stopping_rounds: Positive
+    attention_items: Annotated[int, Meta(ge=0)]
+    attention_epochs: Positive
+    attention_dropout: Annotated[float, Meta(ge=0, lt=1)]
     trials: Positive
     budget: Annotated[int, Meta(ge=10, le=1000)]
     negatives: Positive

@@ -18,6 +18,7 @@ from ..core.settings import RecsysError, Settings, load_settings
 from ..evaluation.next_item import against, baseline_lists, figures, next_item_metrics
 from .bench import _own_peak, machine
 from .peer_env import ask_peers, session_exam
+from ..ranking.session_attention import attention
 from ..ranking.session_ranker import Answer, SessionModel, answer, fit_sessions
 
 # %% ../../nbs/9_operations/12_bench_sessions.ipynb #ba722451
@@ -73,7 +74,7 @@ def bench_sessions(train: str | Path, test: str | Path, out: str | Path, # files
     settings, began, at = settings or load_settings(), datetime.now(timezone.utc), time.perf_counter()
     s, ids = read_sessions(train)
     cases = read_cases(test, ids)
-    model = fit_sessions(s, len(ids), k, settings, say=say)
+    model = fit_sessions(s, len(ids), k, settings, attention(settings, len(ids)), say)
     learnt = time.perf_counter()
     say("answering")
     a = answer(model, cases, k, settings)
