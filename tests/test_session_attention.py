@@ -20,7 +20,7 @@ def quick(epochs=4):
 
 def test_the_attention_source_proposes_items_of_the_prefix_first_where_sessions_go_back_to_them():
     s = Q.sequences([[i, (i + 1) % 20, i, (i + 1) % 20, i] for i in range(20)] * 20)
-    found = A.attention_maker(quick(40))(s, 20)(Q.prefixes(Q.sequences([[3, 4, 3, 4], [8, 9, 8, 9]]), 3), 5)
+    found = A.attention_maker(quick(15))(s, 20)(Q.prefixes(Q.sequences([[3, 4, 3, 4], [8, 9, 8, 9]]), 3), 5)
     assert np.sort(found.ids[:, :2]).tolist() == [[3, 4], [8, 9]] and (np.diff(found.scores) <= 0).all()
 
 
