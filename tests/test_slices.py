@@ -15,7 +15,7 @@ from recsys.evaluation.slices import Slice, by_category, by_device, by_novelty, 
 from recsys.features.point_in_time import PAIR
 from recsys.operations.report import sortable, tame
 from recsys.ranking.rows import Cases, Rows, make_cases
-from recsys.ranking.time_guard import PROMOTED, STATIC, _AGED, check_cases, check_tables
+from recsys.ranking.time_guard import PROMOTED, OF_SESSIONS, STATIC, _AGED, check_cases, check_tables
 from recsys.ranking.validation import load_validation, save_validation, top_lists
 
 def small(**more):
@@ -119,7 +119,7 @@ def honest():
     for n in ("together_ids", "follow_ids", "cart_ids", "user_near", "segment_items"): f[n] = strange(f[n])
     for n in ("together_ids", "together_scores", "follow_ids", "follow_scores", "cart_ids", "cart_scores", "vector_in", "vector_out", "item_x"): f[n] = f[n].copy(); f[n][50:] = f[n][55]
     for n in ("user_x", "user_vector", "user_near"): f[n] = f[n].copy(); f[n][15:] = f[n][16]
-    f |= dict(user_factor=np.zeros((N_USERS, 3), np.float32), item_factor=np.zeros((N_ITEMS, 3), np.float32), user_close=f["user_near"].copy(), trending=np.array([4, 2, -1], np.int32), complement_ids=f["cart_ids"], complement_scores=f["cart_scores"])
+    f |= dict(user_factor=np.zeros((N_USERS, 3), np.float32), item_factor=np.zeros((N_ITEMS, 3), np.float32), user_close=f["user_near"].copy(), trending=np.array([4, 2, -1], np.int32), past_item=np.array([1, 2, 3], np.int32), complement_ids=f["cart_ids"], complement_scores=f["cart_scores"])
     f["user_close"][15:] = -1
     f["segment"] = np.where(np.arange(N_USERS) < 15, f["segment"], 0)
     for n in ("together_ids", "follow_ids", "cart_ids"): f[n][50:] = -1
@@ -137,13 +137,13 @@ def honest():
 
 def test_honest_tables_pass_and_the_witnesses_are_counted(honest):
     said = check_tables(*honest, MOMENT, "purchase", "day 1")
-    assert said == dict(items=10, users=5, lines=int(sum(honest[0].user_lines)), arrays=len(honest[0]) - len(STATIC))
+    assert said == dict(items=10, users=5, lines=int(sum(honest[0].user_lines)), arrays=len(honest[0]) - len(STATIC) - len(OF_SESSIONS))
 
 def planted(state, name):
     "`state` with a trace of the future in one array."
     a = np.array(getattr(state, name))
     if name.endswith(("_ids", "user_near", "user_close", "segment_items")): a[2, 0] = 57
-    elif name == "trending": a[0] = 57
+    elif name in ("trending", "past_item"): a[0] = 57
     elif name in ("bought_key", "recent_key"): a[0] = 40
     elif name in ("bought_x", "kind_x", "department_x"): a[1, PAIR.index("last")] = -.5
     elif name == "user_lines": a[3] += 1
@@ -152,7 +152,7 @@ def planted(state, name):
     else: a[52] = a[52] + 1
     return state._replace(**{name: a})
 
-@pytest.mark.parametrize("name", [n for n in tables()._fields if n not in (*STATIC, "kind_key", "department_key")])
+@pytest.mark.parametrize("name", [n for n in tables()._fields if n not in (*STATIC, *OF_SESSIONS, "kind_key", "department_key")])
 def test_a_leak_in_any_array_is_named(honest, name):
     state, lines = honest
     leaky = planted(state, name)

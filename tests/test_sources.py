@@ -6,9 +6,12 @@ from hypothesis import given, settings as hypo, strategies as st
 from scipy.stats import chi2_contingency
 
 from recsys.candidates.blend import State, clear, gather, load_state, scratch_for
+from recsys.candidates.build import UNORDERED
 from recsys.candidates.complements import complements, log_likelihood_ratio
 from recsys.candidates.content import catalogue_attributes, content_links
 from recsys.candidates.factorization import fit_factors, fold_in, had
+from recsys.candidates.sequences import Cases, sequences_of
+from recsys.candidates.session_knn import Knn, SessionIndex, knn, session_index
 from recsys.candidates.trending import DOUBT, LONG, SHORT, surplus, trending
 from recsys.core.settings import RecsysError, load_settings
 from recsys.features.definitions import ABSENT, NAMES, SOURCES
@@ -105,8 +108,8 @@ def test_the_surplus_by_hand(events):
 
 def candidates(state: State, user: int, cart: list[int]) -> dict[int, set[str]]:
     "Who proposed what; checks that nothing is left behind in the scratch space."
-    none, scratch = np.zeros(0, np.int32), scratch_for(len(state.item_x))
-    ids, ranks, lists, touched = np.zeros(400, np.int32), np.zeros((400, 10), np.float32), np.zeros((10, 50), np.int32), np.zeros((5, 5000), np.int32)
+    none, scratch = np.zeros(0, np.int32), scratch_for(len(state.item_x), max(0, len(state.past_ptr) - 1))
+    ids, ranks, lists, touched = np.zeros(400, np.int32), np.zeros((400, 11), np.float32), np.zeros((11, 50), np.int32), np.zeros((5, 5000), np.int32)
     n, counts = gather(state, scratch, user, np.array(cart, np.int32), none, ids, ranks, lists, touched)
     found = {int(i): {s for s, r in zip(SOURCES, row) if r < ABSENT} for i, row in zip(ids[:n], ranks[:n])}
     clear(state, scratch, user, np.array(cart, np.int32), none, ids, n, counts, touched)
@@ -120,13 +123,23 @@ def with_sources() -> State:
     (ci, cs), (xi, xs) = links(6), links(6)
     xi[7, 0] = 0
     for name in ("together_ids", "follow_ids", "cart_ids", "user_near", "segment_items", "bought_key", "recent_key"): getattr(s, name)[getattr(s, name) == 0] = 1
-    return s._replace(sellable=np.ones(N_ITEMS, np.uint8), complement_ids=ci, complement_scores=cs, content_ids=xi, content_scores=xs, trending=np.array([5, 3, -1], np.int32),
+    past = sequences_of(np.repeat(np.arange(60), 5), rng.integers(1, N_ITEMS, 300))
+    past.item[:2] = 7
+    index = {f"past_{name}": a for name, a in session_index(past, N_ITEMS, UNORDERED)._asdict().items()}
+    return s._replace(**index, sellable=np.ones(N_ITEMS, np.uint8), complement_ids=ci, complement_scores=cs, content_ids=xi, content_scores=xs, trending=np.array([5, 3, -1], np.int32),
                       user_factor=rng.random((N_USERS, 4)).astype(np.float32), item_factor=rng.random((N_ITEMS, 4)).astype(np.float32), user_close=rng.integers(1, N_ITEMS, (N_USERS, 9)).astype(np.int32))
+
+def past_votes(state: State, cart: list[int]) -> list[int]:
+    "The same sessions asked by the room's own search; what is in the cart falls out."
+    index = SessionIndex(*(getattr(state, f"past_{name}") for name in SessionIndex._fields))
+    how = Knn(prefix_decay=.8, recent=500, neighbours=200, ahead=.8, behind=1., itself=0.)
+    cases = Cases(np.array(cart, np.int32), np.zeros(1, np.int64), np.array([len(cart)], np.int64), np.zeros(1, np.int32), np.zeros(1, np.int64))
+    return [int(i) for i in knn(index, cases, how, 50).ids[0] if i >= 0 and i not in cart]
 
 def test_a_new_item_comes_by_content_alone_and_each_source_says_so():
     s = with_sources()
     found = candidates(s, -1, [7])
-    assert found[0] == {"content"} and "trending" in found[5] & found[3]
+    assert found[0] == {"content"} and set(past_votes(s, [7])) == {i for i, names in found.items() if "session" in names} != set() and "trending" in found[5] & found[3]
     told = Counter(name for user in range(N_USERS) for names in candidates(s, user, [7]).values() for name in names)
     assert set(told) == set(SOURCES)
     assert "complement" not in Counter(n for names in candidates(s, 1, []).values() for n in names)
@@ -137,7 +150,7 @@ def test_a_version_from_before_these_sources_opens_and_half_a_source_does_not(tm
     assert {s for names in candidates(load_state(tmp_path/"old"), 1, [7]).values() for s in names} <= {"repeat", "together", "follow", "vector", "vector_cart", "segment"}
     publish(tmp_path, "v1", with_sources()); promote(tmp_path/"bundles", "v1"); open_bundle(tmp_path/"bundles"/"v1")
     none = np.zeros((0, 0), np.float32)
-    for k, broken in enumerate((dict(user_factor=none), dict(item_factor=none), dict(content_scores=none), dict(complement_ids=none.astype(np.int32)), dict(trending=np.array([N_ITEMS], np.int32)),
+    for k, broken in enumerate((dict(user_factor=none), dict(item_factor=none), dict(content_scores=none), dict(complement_ids=none.astype(np.int32)), dict(trending=np.array([N_ITEMS], np.int32)), dict(past_item=np.full(300, N_ITEMS, np.int32)), dict(past_trust=np.zeros(3, np.float32)), dict(past_click=np.full(300, 300)), dict(past_ptr=np.arange(61)),
                                 dict(user_close=np.full((N_USERS, 3), -2, np.int32)))):
         with pytest.raises(RecsysError, match=dict(item_factor="user_factor").get(*[next(iter(broken))] * 2).split("_")[0]): publish(tmp_path, f"w{k}", with_sources()._replace(**broken))
 

@@ -70,6 +70,7 @@ class Candidates(Section):
     half_life_days: Above0
     per_source: Positive
     explore: Positive
+    sessions: Positive
     budget: Annotated[int, Meta(ge=10, le=1000)]
     segments: Annotated[int, Meta(ge=1, le=256)]
 

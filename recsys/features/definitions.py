@@ -88,7 +88,7 @@ CART = _group("cart",
 # %% ../../nbs/2_features/02_definitions.ipynb #d5c73a9a
 ABSENT = 999.0   # "never", "not proposed": larger than any rank, any number of baskets or days that we keep
 UNKNOWN = -1.0   # a quantity that exists but that nobody has seen yet, e.g. the price of an unsold item
-SOURCES = ("repeat", "together", "follow", "vector", "vector_cart", "segment", "factor", "complement", "content", "trending")
+SOURCES = ("repeat", "together", "follow", "vector", "vector_cart", "segment", "factor", "complement", "content", "trending", "session")
 SOURCE = _group("source",
     *((f"rank_{s}", "rank", f"position in the list of the source '{s}', from 0") for s in SOURCES),
     ("score_together", "score", "summed co-visitation with the cart"),
@@ -99,6 +99,7 @@ SOURCE = _group("source",
     ("score_vector_cart", "cosine", "vector of the cart with the item's"),
     ("score_factor", "score", "the user's factors times the item's"),
     ("score_complement", "score", "summed surprise of being bought with the items of the cart"),
+    ("score_session", "score", "votes of past sessions like the cart"),
     ("score_content", "cosine", "likeness to the most similar item of the cart, or of the user's newest ones"),
     ("n_sources", "sources", "sources that proposed the item"))
 

@@ -73,7 +73,7 @@ def _cart_vector(state, cart, vector):
 
 @njit(cache=True, nogil=True)
 def _source(state, scratch, user, item, rank, vector, x, begin):
-    "The 20 source features of `item` into x [begin:], from its `rank` [10] by each source and the sums in the scratch space."
+    "The 22 source features of `item` into x [begin:], from its `rank` [11] by each source and the sums in the scratch space."
     proposed, near, near_cart, affinity, o = np.float32(0), np.float32(0), np.float32(0), np.float32(0), begin + len(rank)
     for s in range(len(rank)):
         x[begin + s] = rank[s]
@@ -84,16 +84,16 @@ def _source(state, scratch, user, item, rank, vector, x, begin):
     x[o], x[o + 1], x[o + 2], x[o + 3] = scratch.together[item], scratch.together_max[item], scratch.follow[item], scratch.follow_max[item]
     if user >= 0:
         for f in range(state.item_factor.shape[1]): affinity += state.user_factor[user, f] * state.item_factor[item, f]
-    x[o + 4], x[o + 5], x[o + 6], x[o + 7], x[o + 8], x[o + 9] = near, near_cart, affinity, scratch.complement[item], scratch.content_max[item], proposed
+    x[o + 4], x[o + 5], x[o + 6], x[o + 7], x[o + 8], x[o + 9], x[o + 10] = near, near_cart, affinity, scratch.complement[item], scratch.voted[item], scratch.content_max[item], proposed
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #6f25c823
 class Work(NamedTuple):
     "A worker's memory for one request at a time."
     scratch: Scratch
     ids: np.ndarray      # int32 [budget]
-    ranks: np.ndarray    # float32 [budget, 10]
+    ranks: np.ndarray    # float32 [budget, 11]
     x: np.ndarray        # float32 [budget, features]
-    lists: np.ndarray    # int32 [10, per source]
+    lists: np.ndarray    # int32 [11, per source]
     touched: np.ndarray  # int32 [5, room]
     vector: np.ndarray   # float32 [d]
     starts: np.ndarray   # int64 [5]: STARTS. An argument, because a cached kernel would keep a global's old value when the definitions change
@@ -103,14 +103,14 @@ MAX_CONTEXT = 400  # items of one request: cart and what is being looked at
 def work_for(state: State, per_source: int, budget: int) -> Work:
     "Memory for requests with at most `MAX_CONTEXT` items in the cart."
     room = max(MAX_CONTEXT, int(np.diff(state.recent_ptr).max(initial=0))) * max(t.shape[1] for t in (state.together_ids, state.follow_ids, state.cart_ids, state.complement_ids, state.content_ids)) + 1
-    return Work(scratch_for(len(state.item_x)), np.zeros(budget, np.int32), np.zeros((budget, N_SOURCES), np.float32),
+    return Work(scratch_for(len(state.item_x), max(0, len(state.past_ptr) - 1)), np.zeros(budget, np.int32), np.zeros((budget, N_SOURCES), np.float32),
                 np.zeros((budget, len(NAMES)), np.float32), np.zeros((N_SOURCES, per_source), np.int32),
                 np.zeros((5, room), np.int32), np.zeros(state.vector_in.shape[1], np.float32), STARTS)
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #8e95b1b5
 @njit(cache=True, nogil=True)
 def _row(state, work, user, cart, item, rank, x):
-    "All features of `item` into `x`, from its `rank` [10] by each source; the cart's vector and the scratch space are filled."
+    "All features of `item` into `x`, from its `rank` [11] by each source; the cart's vector and the scratch space are filled."
     at = work.starts
     x[:at[1]] = state.item_x[item]
     if user >= 0: x[at[1]:at[2]] = state.user_x[user]

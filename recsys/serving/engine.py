@@ -141,7 +141,7 @@ def reasons_of(x: np.ndarray, sources: list[str], placed_by: str | None, of_segm
     say = {"repeat": f"bought {times:.0f} × before, last {days:.0f} days ago", "together": "often bought with what is in the cart",
            "follow": "often follows what was bought lately", "vector": "close to this user's taste",
            "vector_cart": "fits the cart", "segment": "popular with similar users" if of_segment and x[_column("user_recency_days")] >= 0 else "popular in the shop",
-           "factor": "people with similar habits buy it", "complement": "completes the cart", "content": f"similar to {like}", "trending": "sells better than usual these days", "pin": "placed here by the shop"}
+           "factor": "people with similar habits buy it", "complement": "completes the cart", "content": f"similar to {like}", "trending": "sells better than usual these days", "session": "others with such a cart went on with it", "pin": "placed here by the shop"}
     ordered = ([placed_by] if placed_by else []) + [s for s in sources if s != placed_by]
     return [say[s] for s in ordered]
 
