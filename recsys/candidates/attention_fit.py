@@ -119,8 +119,8 @@ def fit_attention(ptr: np.ndarray,   # int64 [sequences + 1]: where each sequenc
                   negatives: int = 0,              # items drawn for the loss of a batch; 0: all
                   seed: int = 0,
                   folder: str | Path | None = None, # for the state after each epoch; None: not kept
-                  start: Attention | None = None,   # goes on from a copy of it, whose state is not kept; None: a new model
                   strategy: str = "auto", devices: int = 1, precision: str = "32-true", progress: bool = False,
+                  start: Attention | None = None,   # goes on from a copy of it, whose state is not kept; None: a new model
                   ) -> tuple[Attention, list[float]]:
     """Train a model on ragged sequences; it and the mean loss of each epoch. Goes on from the state that a killed run left in `folder`.
 
