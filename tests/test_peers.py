@@ -144,14 +144,13 @@ def test_pins_are_exact_and_agree_with_ours_where_it_matters():
     ours = dict(l.split("==") for l in (ROOT/"constraints.txt").read_text().splitlines() if "==" in l)
     assert pins["torch"] == ours["torch"] == "2.13.0" and pins["rectools"] and "rectools" not in ours
 
-# ---------------------------------------------------------------- RecTools, where its environment is
+# ---------------------------------------------------------------- RecTools, whose environment is made where it is not there yet: 1.3 GB, hence nightly
 
 @pytest.fixture(scope="module")
 def python():
-    home = E.environment(load_settings(ROOT/"settings.ini"))
-    if not home.is_dir(): pytest.skip("the peers' environment is not there: `recsys bench shop --peers` makes it")
-    return home/"bin/python"
+    return E.peer_python(load_settings(ROOT/"settings.ini"))
 
+@pytest.mark.bench
 def test_ease_is_its_closed_form(python):
     h, s = circle(80), small(); lists, said = E.ask_peer("RecTools EASE", exam_of(h), python, s)
     x = np.zeros((80, 30)); x[np.repeat(np.arange(80), 6), h[:, :6].ravel()] = 1
@@ -160,6 +159,7 @@ def test_ease_is_its_closed_form(python):
     score = np.where(x > 0, -np.inf, x @ b)
     for row, one in zip(lists, score): assert np.allclose(one[row], np.sort(one)[::-1][:5], atol=1e-5)
 
+@pytest.mark.bench
 @pytest.mark.parametrize("model", ["RecTools SASRec", "RecTools BERT4Rec"])
 def test_deep_models_learn_what_follows(python, model):
     h = circle(400); lists, said = E.ask_peer(model, exam_of(h), python, small(), length=8, every=5)
@@ -167,6 +167,7 @@ def test_deep_models_learn_what_follows(python, model):
     assert said["chosen"]["epochs"] == best["epochs"] and not any(set(row) & set(had[:6]) for row, had in zip(lists, h))
     assert (lists == h[:, 6:]).any(1).mean() > .5, "by chance: 5 of 24"
 
+@pytest.mark.bench
 def test_peers_of_sessions_answer_prefixes_of_people_nobody_knows(python):
     from recsys.operations.bench_sessions import PEERS, session_peers
     train, test = sequences(circle(300).tolist()), prefixes(sequences(circle(20, seed=1).tolist()))
