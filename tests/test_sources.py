@@ -3,10 +3,11 @@ from collections import Counter
 
 import numpy as np, polars as pl, pytest, scipy.sparse as sp
 from hypothesis import given, settings as hypo, strategies as st
+from msgspec.structs import replace
 from scipy.stats import chi2_contingency
 
 from recsys.candidates.blend import State, clear, gather, load_state, scratch_for
-from recsys.candidates.build import UNORDERED
+from recsys.candidates.build import UNORDERED, factored_tables, past_tables
 from recsys.candidates.complements import complements, log_likelihood_ratio
 from recsys.candidates.content import catalogue_attributes, content_links
 from recsys.candidates.factorization import fit_factors, fold_in, had
@@ -14,10 +15,13 @@ from recsys.candidates.sequences import Cases, sequences_of
 from recsys.candidates.session_knn import Knn, SessionIndex, knn, session_index
 from recsys.candidates.trending import DOUBT, LONG, SHORT, surplus, trending
 from recsys.core.settings import RecsysError, load_settings
+from recsys.evaluation.protocol import judge_sources, survey
 from recsys.features.definitions import ABSENT, NAMES, SOURCES
 from recsys.features.point_in_time import save_arrays, sessions_of
 from recsys.serving.bundle import open_bundle, promote
-from recsys.serving.engine import reasons_of
+from recsys.ranking.calibration import KNOTS
+from recsys.ranking.rows import make_cases
+from recsys.serving.engine import Engine, reasons_of
 from test_serving import N_ITEMS, N_USERS, publish, tables
 
 DAY = 86400.
@@ -158,3 +162,42 @@ def test_every_source_has_words_of_its_own():
     x = np.zeros(len(NAMES), np.float32)
     without = reasons_of(x, list(SOURCES), None); x[NAMES.index("cart_size")] = 2
     assert len(set(without)) == len(SOURCES) and without[SOURCES.index("content")] != reasons_of(x, ["content"], None)[0]
+
+# ---- what the build and the pages make of them
+
+def test_only_the_newest_sessions_are_kept_each_item_once():
+    lines = pl.DataFrame(dict(session=[0, 0, 1, 1, 1, 2, 2], item=[0, 1, 2, 3, 2, 4, 0], ts=[10, 11, 30, 31, 32, 20, 21]), schema_overrides=dict(session=pl.Int32, item=pl.Int32))
+    t = past_tables(lines, 5, replace(SETTINGS, candidates=replace(SETTINGS.candidates, sessions=2)))
+    assert t["past_ptr"].tolist() == [0, 2, 4] and t["past_item"].tolist() == [4, 0, 2, 3]  # the session that began first has gone
+    assert len(past_tables(lines, 5, SETTINGS)["past_ptr"]) == 4
+
+def test_only_eligible_items_are_close_and_visitors_who_only_looked_have_factors():
+    rng, n = np.random.default_rng(4), 400
+    lines = pl.DataFrame(dict(user=rng.integers(0, 29, n).astype(np.int32), item=rng.integers(0, 20, n).astype(np.int32), ts=np.arange(n)))
+    lines = pl.concat([lines.with_columns(type=pl.lit("purchase")), pl.DataFrame(dict(user=[29], item=[3], ts=[n], type=["view"]), schema_overrides=dict(user=pl.Int32, item=pl.Int32))])
+    t = factored_tables(lines, "purchase", np.arange(0, 20, 2), 31, 20, n + 1, SETTINGS)
+    found = t["user_close"][:30]
+    assert set(found[found >= 0].tolist()) == set(range(0, 20, 2)) and t["user_factor"][29].any() and not t["user_factor"][30].any() and (t["user_close"][30] == -1).all()
+
+def test_each_source_is_judged_by_its_own_list():
+    cases = make_cases(np.arange(2), [np.array([1]), np.array([2])], 0)
+    ours, alone = np.array([[1, 0, 3], [2, 0, 3]]), dict(good=np.array([[0, 1, 3], [2, 0, 1]]), none=np.full((2, 3), -1))
+    s = replace(SETTINGS, evaluation=replace(SETTINGS.evaluation, cutoffs=(3,)))
+    good, none = judge_sources(ours, alone, cases, s)
+    second = 1 / np.log2(3)
+    assert good["source"] == "good" and np.isclose(good["ndcg"], (second + 1) / 2) and np.isclose(good["difference"], (1 - second) / 2)
+    assert (none["ndcg"], none["difference"], none["low"], none["high"]) == (0, 1, 1, 1)
+
+def test_a_survey_keeps_what_each_source_proposed_in_its_order(tmp_path):
+    publish(tmp_path, "v1", with_sources())
+    b = open_bundle(tmp_path/"bundles"/"v1"); engine = Engine(b.state, b.ranker, 40, 400, b)
+    cases = make_cases(np.arange(1, 6, dtype=np.int32), [np.array([3, 7, 11, 20])] * 5, 0)
+    found = survey(engine, cases, 7, np.tile(np.linspace(0, 1, KNOTS), (2, 2, 1)))
+    for c, user in enumerate(cases.user):
+        cart = cases.cart[cases.cart_ptr[c]:cases.cart_ptr[c + 1]]
+        rows, _, _ = engine.rank(int(user), cart, engine.nobody, len(engine.work.ids))
+        for s, name in enumerate(SOURCES):
+            own = sorted((engine.work.ranks[r, s], int(engine.work.ids[r])) for r in rows if engine.work.ranks[r, s] < ABSENT)
+            assert [i for i in found.alone[name][c] if i >= 0] == [i for _, i in own[:7]], name
+            target = cases.target[cases.target_ptr[c]:cases.target_ptr[c + 1]]
+            assert np.isclose(found.recall[name][c], len({i for _, i in own} & set(target.tolist())) / len(target))
