@@ -20,7 +20,7 @@ from recsys.features.definitions import ABSENT, NAMES, SOURCES
 from recsys.features.point_in_time import save_arrays, sessions_of
 from recsys.serving.bundle import open_bundle, promote
 from recsys.ranking.calibration import KNOTS
-from recsys.ranking.rows import make_cases
+from recsys.ranking.rows import candidate_rows, make_cases, work_for
 from recsys.serving.engine import Engine, reasons_of
 from test_serving import N_ITEMS, N_USERS, publish, tables
 
@@ -201,3 +201,19 @@ def test_a_survey_keeps_what_each_source_proposed_in_its_order(tmp_path):
             assert [i for i in found.alone[name][c] if i >= 0] == [i for _, i in own[:7]], name
             target = cases.target[cases.target_ptr[c]:cases.target_ptr[c + 1]]
             assert np.isclose(found.recall[name][c], len({i for _, i in own} & set(target.tolist())) / len(target))
+
+def test_each_column_of_the_new_sources_is_what_its_name_says():
+    s, user, cart = with_sources(), 3, np.array([7, 9], np.int32)
+    work, none = work_for(s, 40, 400), np.zeros(0, np.int32)
+    n = candidate_rows(s, work, user, cart, none)
+    column = lambda name: work.x[:n, NAMES.index(name)]
+    def passed_on(ids, scores, i): return [float(w) for c in cart for j, w in zip(ids[c], scores[c]) if j == i]
+    index = SessionIndex(*(getattr(s, f"past_{name}") for name in SessionIndex._fields))
+    found = knn(index, Cases(cart, np.zeros(1, np.int64), np.array([2], np.int64), np.zeros(1, np.int32), np.zeros(1, np.int64)), Knn(prefix_decay=.8, recent=500, neighbours=200, ahead=.8, behind=1., itself=0.), N_ITEMS)
+    votes = dict(zip(found.ids[0].tolist(), found.scores[0].tolist()))
+    for r, i in enumerate(work.ids[:n]):
+        want = dict(score_complement=sum(passed_on(s.complement_ids, s.complement_scores, i)), score_content=max(passed_on(s.content_ids, s.content_scores, i), default=0),
+                    score_factor=s.user_factor[user] @ s.item_factor[i], score_session=votes.get(int(i), 0))
+        for name, value in want.items(): assert np.isclose(column(name)[r], value, rtol=1e-4, atol=1e-6), (name, int(i))
+        for k, source in enumerate(SOURCES): assert column(f"rank_{source}")[r] == work.ranks[r, k]
+        assert column("n_sources")[r] == (work.ranks[r] < ABSENT).sum()
