@@ -51,18 +51,18 @@ def session_index(s: Sequences, n_items: int, how: Knn = Knn()) -> SessionIndex:
 @njit(cache=True, nogil=True)
 def _similar(ix, item, start, end, decay, recent, sim, match, touched):
     "Similarity of the past sessions to the prefix item[start:end] into `sim`, unless 0 listed in `touched`. How many."
-    m = 0
+    m, session, click, click_ptr = 0, ix.session, ix.click, ix.click_ptr
     for p in range(end - 1, max(start, end - len(decay)) - 1, -1):
         if clicked_later(item, p, end): continue
         i, seen, last = item[p], 0, -1
         w = decay[end - 1 - p] * ix.idf[i]
-        for q in range(ix.click_ptr[i + 1] - 1, ix.click_ptr[i] - 1, -1):
-            s = ix.session[ix.click[q]]
+        for q in range(click_ptr[i + 1] - 1, click_ptr[i] - 1, -1):
+            s = session[click[q]]
             if s == last: continue  # an earlier click of the same session
             last = s; seen += 1
             if seen > recent: break
             if sim[s] == 0:
-                touched[m] = s; match[s] = ix.click[q]; m += 1
+                touched[m] = s; match[s] = click[q]; m += 1
             sim[s] += w
     return m
 
@@ -72,18 +72,18 @@ def votes(ix, item, start, end, decay, recent, neighbours, ahead, behind, itself
     """What the sessions most like the prefix item[start:end] vote for: into `total` float32 [items], listed in `touched` int32 [items]. How many.
 
     sim float32, match int64, near int32 [sessions] are work space, zeros before and after."""
-    m, t = _similar(ix, item, start, end, decay, recent, sim, match, near), 0
+    m, t, trust, ptr, clicked = _similar(ix, item, start, end, decay, recent, sim, match, near), 0, ix.trust, ix.ptr, ix.item
     value = np.empty(m, np.float32)
     for a in range(m):
-        value[a] = sim[near[a]] * ix.trust[near[a]]
+        value[a] = sim[near[a]] * trust[near[a]]
         sim[near[a]] = 0
     least = np.partition(value, m - neighbours)[m - neighbours] if m > neighbours else np.float32(0)
     for a in range(m):
         s, at = near[a], match[near[a]]
         near[a] = match[s] = 0
         if value[a] < least: continue
-        for p in range(ix.ptr[s], ix.ptr[s + 1]):
-            j, d = ix.item[p], p - at
+        for p in range(ptr[s], ptr[s + 1]):
+            j, d = clicked[p], p - at
             w = value[a] * (itself if d == 0 else ahead[min(d, len(ahead)) - 1] if d > 0 else behind[min(-d, len(behind)) - 1])
             if w <= 0: continue
             if total[j] == 0:

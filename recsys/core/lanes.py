@@ -31,26 +31,26 @@ def _splat(builder, value):
 
 # %% ../../nbs/0_core/04_lanes.ipynb #eb1d3942
 @intrinsic
-def _step(typingctx, a, b, k, sums):
-    "sums [16] += a[k:k + 16] * b[k:k + 16], float32."
+def _step(typingctx, a, i, b, j, sums):
+    "sums [16] += a[i:i + 16] * b[j:j + 16], flat indices of float32 arrays."
     def gen(context, builder, sig, args):
-        left, right = (_load(builder, _vector(context, builder, sig.args[n], args[n], args[2])) for n in (0, 1))
-        to = _vector(context, builder, sig.args[3], args[3], ir.Constant(ir.IntType(64), 0))
+        left, right = (_load(builder, _vector(context, builder, sig.args[n], args[n], args[n + 1])) for n in (0, 2))
+        to = _vector(context, builder, sig.args[4], args[4], ir.Constant(ir.IntType(64), 0))
         builder.store(builder.fadd(_load(builder, to), builder.fmul(left, right)), to).align = 4
         return context.get_dummy_value()
-    return types.none(a, b, types.intp, sums), gen
+    return types.none(a, types.intp, b, types.intp, sums), gen
 
 @njit(nogil=True)
-def dot(a, b, sums):
-    "The product of two contiguous float32 vectors of one length; `sums` float32 [16] is work space."
-    n = len(a)
+def dot(a, i, b, j, sums):
+    "The product of a[i] and b[j]; `a`, `b` float32 [·, d], contiguous; `sums` float32 [16] is work space."
+    n = a.shape[1]
     whole = n - n % 16
     sums[:] = 0
-    for k in range(0, whole, 16): _step(a, b, k, sums)
+    for k in range(0, whole, 16): _step(a, i * n + k, b, j * n + k, sums)
     for half in (8, 4, 2, 1):
         for k in range(half): sums[k] += sums[k + half]
     total = sums[0]
-    for k in range(whole, n): total += a[k] * b[k]
+    for k in range(whole, n): total += a[i, k] * b[j, k]
     return total
 
 # %% ../../nbs/0_core/04_lanes.ipynb #a4b60be2

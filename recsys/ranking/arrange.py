@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..candidates.blend import clear, gather
+from ..candidates.blend import clear, gather, meet
 from .rows import _fill
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #9ee06112
@@ -239,27 +239,28 @@ def arrange(ids, scores, vectors, category, policy, showings, seed, out):
 @njit(cache=True, nogil=True)
 def _join(work, n, pin, sellable):
     "Add the pins that may be shown to the `n` candidates of `work`; how many there are then."
-    slot, last = work.scratch.slot, n - 1
+    rows, items, used, place, last = work.scratch.row, work.scratch.item, work.scratch.used, work.scratch.place, n - 1
     for item in pin:
-        if slot[item] != 0 or sellable[item] == 0: continue
+        row = meet(rows, items, used, item)
+        if place[row] != 0 or sellable[item] == 0: continue
         at = n
         if n == len(work.ids):
             while last >= 0 and (pin == work.ids[last]).any(): last -= 1
             if last < 0: return n
             at, last = last, last - 1
-            slot[work.ids[at]] = 0
+            place[meet(rows, items, used, work.ids[at])] = 0
         else: n += 1
         work.ids[at] = item
         work.ranks[at] = 999.0  # ABSENT
-        slot[item] = at + 1
+        place[row] = at + 1
     return n
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #fd55c9f6
 @njit(cache=True, nogil=True)
 def pinned_rows(state, work, user, cart, barred, pin):
     "As `candidate_rows`, with the items `pin` int32 [pins] among the candidates wherever they may be shown."
-    n, counts = gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists, work.touched)
+    n = gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists)
     n = _join(work, n, pin, state.sellable)
-    _fill(state, work, user, cart, n)
-    clear(state, work.scratch, user, cart, barred, work.ids, n, counts, work.touched)
+    _fill(state, work, user, cart, work.ids, work.ranks, n, work.x)
+    clear(work.scratch)
     return n

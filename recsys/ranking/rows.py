@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..candidates.blend import Scratch, State, clear, gather, scratch_for
+from ..candidates.blend import COMPLEMENT, CONTENT_MAX, FOLLOW, FOLLOW_MAX, Scratch, State, TOGETHER, TOGETHER_MAX, clear, gather, scratch_for
+from ..core.lanes import dot, fetch_row
 from ..features.definitions import GROUPS, HISTORY, NAMES, OFFSET, SOURCES
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #40a6d9cc
@@ -31,60 +32,77 @@ def _find(sorted_keys, start, end, key):
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #dff89240
 @njit(cache=True, nogil=True)
-def _history(state, scratch, user, item, x, h):
-    "The 17 history features of (user, item) into x [h:h + 17]."
-    never, unknown = np.float32(999), np.float32(-1)
-    x[h:h + 17] = 0
-    x[h + 3] = x[h + 4] = x[h + 12] = x[h + 13] = never
-    x[h + 5] = x[h + 6] = x[h + 9] = x[h + 14] = unknown
+def _never(x, h):
+    "The 17 history features of what never happened into x [h:h + 17]."
+    for k in range(h, h + 17): x[k] = 0
+    x[h + 3] = x[h + 4] = x[h + 12] = x[h + 13] = 999
+    x[h + 5] = x[h + 6] = x[h + 9] = x[h + 14] = -1
+
+@njit(cache=True, nogil=True)
+def _own(p, bought, lines, x, h):
+    "What the user did with the item itself, from row `bought` of the pairs `p`."
+    x[h], x[h + 1], x[h + 2], x[h + 3], x[h + 4], x[h + 5] = p[bought, 0], p[bought, 1], p[bought, 0] / lines, p[bought, 2], p[bought, 3], p[bought, 4]
+    if p[bought, 4] >= 0: x[h + 6] = p[bought, 3] / (p[bought, 4] + np.float32(0.5))
+    x[h + 7], x[h + 8], x[h + 9] = p[bought, 5], p[bought, 6], p[bought, 7]
+
+@njit(cache=True, nogil=True)
+def _kind(p, kind, lines, x, h):
+    "What the user did with the item's category, from row `kind` of the pairs `p`; x[h] is known."
+    x[h + 10], x[h + 11], x[h + 12], x[h + 13], x[h + 15] = p[kind, 0], p[kind, 0] / lines, p[kind, 3], p[kind, 2], x[h] / p[kind, 0]
+    if p[kind, 4] >= 0: x[h + 14] = p[kind, 3] / (p[kind, 4] + np.float32(0.5))
+
+@njit(cache=True, nogil=True)
+def _histories(state, scratch, user, ids, n, x, h):
+    "The 17 history features of `user` (code or -1) and the first `n` of `ids` into x [:n, h:h + 17]."
+    bought_x, kind_key, kind_x, department_key, department_x, category = state.bought_x, state.kind_key, state.kind_x, state.department_key, state.department_x, state.category
+    rows, bought, top = scratch.row, scratch.bought, state.category.shape[1] - 1
+    for c in range(n): _never(x[c], h)
     if user < 0: return
-    lines, count = max(state.user_lines[user], np.float32(1)), np.float32(0)
-    if scratch.bought[item] > 0:
-        p = state.bought_x[state.bought_ptr[user] + scratch.bought[item] - 1]
-        count = p[0]
-        x[h], x[h + 1], x[h + 2], x[h + 3], x[h + 4], x[h + 5] = count, p[1], count / lines, p[2], p[3], p[4]
-        if p[4] >= 0: x[h + 6] = p[3] / (p[4] + np.float32(0.5))
-        x[h + 7], x[h + 8], x[h + 9] = p[5], p[6], p[7]
-    row = _find(state.kind_key, state.kind_ptr[user], state.kind_ptr[user + 1], state.category[item, 0])
-    if row >= 0:
-        p = state.kind_x[row]
-        x[h + 10], x[h + 11], x[h + 12], x[h + 13], x[h + 15] = p[0], p[0] / lines, p[3], p[2], count / p[0]
-        if p[4] >= 0: x[h + 14] = p[3] / (p[4] + np.float32(0.5))
-    row = _find(state.department_key, state.department_ptr[user], state.department_ptr[user + 1], state.category[item, state.category.shape[1] - 1])
-    if row >= 0: x[h + 16] = state.department_x[row, 0] / lines
+    lines, first = max(state.user_lines[user], np.float32(1)), state.bought_ptr[user] - 1
+    kind_from, kind_to, department_from, department_to = state.kind_ptr[user], state.kind_ptr[user + 1], state.department_ptr[user], state.department_ptr[user + 1]
+    for c in range(n):
+        item, own = ids[c], bought[rows[ids[c]]]
+        if own > 0: _own(bought_x, first + own, lines, x[c], h)
+        row = _find(kind_key, kind_from, kind_to, category[item, 0])
+        if row >= 0: _kind(kind_x, row, lines, x[c], h)
+        row = _find(department_key, department_from, department_to, category[item, top])
+        if row >= 0: x[c, h + 16] = department_x[row, 0] / lines
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #0a410cad
 @njit(cache=True, nogil=True)
-def _cart(state, cart, item, x, c):
-    "The 4 cart features of `item` into x [c:c + 4]."
-    x[c:c + 4] = 0
-    x[c] = len(cart)
-    for i in cart:
-        for level in range(3): x[c + 1 + level] += state.category[i, level] == state.category[item, level]
+def _carts(category, cart, ids, n, x, c):
+    "The 4 cart features of the first `n` of `ids` into x [:n, c:c + 4]."
+    for a in range(n):
+        x[a, c], x[a, c + 1], x[a, c + 2], x[a, c + 3] = len(cart), 0, 0, 0
+        for i in cart:
+            for level in range(3): x[a, c + 1 + level] += category[i, level] == category[ids[a], level]
 
 @njit(cache=True, nogil=True)
-def _cart_vector(state, cart, vector):
-    "The query vector of `cart` into `vector` [d]; zeros for an empty cart."
-    vector[:] = 0
+def _cart_vector(vectors, cart, query):
+    "The sum of the `vectors` of `cart`, with length 1, into `query` [1, d]; zeros for an empty cart."
+    query[:] = 0
     for i in cart:
-        for d in range(len(vector)): vector[d] += state.vector_in[i, d]
-    length = np.float32(np.sqrt((vector * vector).sum()))
-    if length > 0: vector /= length
+        for d in range(query.shape[1]): query[0, d] += vectors[i, d]
+    length = np.float32(np.sqrt((query * query).sum()))
+    if length > 0: query /= length
 
 @njit(cache=True, nogil=True)
-def _source(state, scratch, user, item, rank, vector, x, begin):
-    "The 22 source features of `item` into x [begin:], from its `rank` [11] by each source and the sums in the scratch space."
-    proposed, near, near_cart, affinity, o = np.float32(0), np.float32(0), np.float32(0), np.float32(0), begin + len(rank)
-    for s in range(len(rank)):
-        x[begin + s] = rank[s]
-        proposed += rank[s] < 999
-    for d in range(len(vector)):
-        near_cart += vector[d] * state.vector_out[item, d]
-        if user >= 0: near += state.user_vector[user, d] * state.vector_out[item, d]
-    x[o], x[o + 1], x[o + 2], x[o + 3] = scratch.together[item], scratch.together_max[item], scratch.follow[item], scratch.follow_max[item]
-    if user >= 0:
-        for f in range(state.item_factor.shape[1]): affinity += state.user_factor[user, f] * state.item_factor[item, f]
-    x[o + 4], x[o + 5], x[o + 6], x[o + 7], x[o + 8], x[o + 9], x[o + 10] = near, near_cart, affinity, scratch.complement[item], scratch.voted[item], scratch.content_max[item], proposed
+def _sources(state, scratch, user, cart, ids, ranks, n, query, lanes, x, begin):
+    "The 22 source features of the first `n` of `ids` into x [:n, begin:], from their `ranks` by each source, the cart's vector and what the scratch space holds."
+    rows, sums, voted, inside, outside, person, taste, factor = scratch.row, scratch.sums, scratch.voted, query, state.vector_out, state.user_vector, state.user_factor, state.item_factor
+    for c in range(n):
+        item, o, proposed = ids[c], begin + ranks.shape[1], np.float32(0)
+        row, near, near_cart, affinity = rows[item], np.float32(0), np.float32(0), np.float32(0)
+        for s in range(ranks.shape[1]):
+            x[c, begin + s] = ranks[c, s]
+            proposed += ranks[c, s] < 999
+        if len(cart): near_cart = dot(inside, 0, outside, item, lanes)
+        if user >= 0:
+            near = dot(person, user, outside, item, lanes)
+            if factor.shape[1]: affinity = dot(taste, user, factor, item, lanes)
+        x[c, o], x[c, o + 1], x[c, o + 2], x[c, o + 3] = sums[row, TOGETHER], sums[row, TOGETHER_MAX], sums[row, FOLLOW], sums[row, FOLLOW_MAX]
+        x[c, o + 4], x[c, o + 5], x[c, o + 6], x[c, o + 7] = near, near_cart, affinity, sums[row, COMPLEMENT]
+        x[c, o + 8], x[c, o + 9], x[c, o + 10] = voted[item], sums[row, CONTENT_MAX], proposed
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #6f25c823
 class Work(NamedTuple):
@@ -94,36 +112,44 @@ class Work(NamedTuple):
     ranks: np.ndarray    # float32 [budget, 11]
     x: np.ndarray        # float32 [budget, features]
     lists: np.ndarray    # int32 [11, per source]
-    touched: np.ndarray  # int32 [5, room]
-    vector: np.ndarray   # float32 [d]
+    query: np.ndarray    # float32 [1, d]: the cart's vector
+    lanes: np.ndarray    # float32 [16]: of a product
     starts: np.ndarray   # int64 [5]: STARTS. An argument, because a cached kernel would keep a global's old value when the definitions change
 
 MAX_CONTEXT = 400  # items of one request: cart and what is being looked at
 
 def work_for(state: State, per_source: int, budget: int) -> Work:
     "Memory for requests with at most `MAX_CONTEXT` items in the cart."
-    room = max(MAX_CONTEXT, int(np.diff(state.recent_ptr).max(initial=0))) * max(t.shape[1] for t in (state.together_ids, state.follow_ids, state.cart_ids, state.complement_ids, state.content_ids)) + 1
     return Work(scratch_for(len(state.item_x), max(0, len(state.past_ptr) - 1)), np.zeros(budget, np.int32), np.zeros((budget, N_SOURCES), np.float32),
                 np.zeros((budget, len(NAMES)), np.float32), np.zeros((N_SOURCES, per_source), np.int32),
-                np.zeros((5, room), np.int32), np.zeros(state.vector_in.shape[1], np.float32), STARTS)
+                np.zeros((1, state.vector_in.shape[1]), np.float32), np.zeros(16, np.float32), STARTS)
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #8e95b1b5
 @njit(cache=True, nogil=True)
-def _row(state, work, user, cart, item, rank, x):
-    "All features of `item` into `x`, from its `rank` [11] by each source; the cart's vector and the scratch space are filled."
-    at = work.starts
-    x[:at[1]] = state.item_x[item]
-    if user >= 0: x[at[1]:at[2]] = state.user_x[user]
-    else: x[at[1]:at[2]] = -1
-    _history(state, work.scratch, user, item, x, at[2])
-    _cart(state, cart, item, x, at[3])
-    _source(state, work.scratch, user, item, rank, work.vector, x, at[4])
+def _fetch(state, ids, n):
+    "Ask memory for the tables of the first `n` of `ids`."
+    items, vectors, factors = state.item_x, state.vector_out, state.item_factor
+    for c in range(n):
+        fetch_row(items, ids[c]); fetch_row(vectors, ids[c]); fetch_row(factors, ids[c])
 
 @njit(cache=True, nogil=True)
-def _fill(state, work, user, cart, n):
-    "Features of the first `n` candidates of `work` into work.x."
-    _cart_vector(state, cart, work.vector)
-    for c in range(n): _row(state, work, user, cart, work.ids[c], work.ranks[c], work.x[c])
+def _things(item_x, user_x, user, ids, n, x):
+    "The features of each item, then those of the user, into the first columns of x [:n]."
+    own = item_x.shape[1]
+    for c in range(n):
+        for k in range(own): x[c, k] = item_x[ids[c], k]
+        for k in range(user_x.shape[1]): x[c, own + k] = user_x[user, k] if user >= 0 else np.float32(-1)
+
+@njit(cache=True, nogil=True)
+def _fill(state, work, user, cart, ids, ranks, n, x):
+    "All features of the first `n` of `ids` into x [:n], from their `ranks` [n, 11] by each source; the scratch space is filled."
+    at = work.starts
+    _fetch(state, ids, n)
+    _cart_vector(state.vector_in, cart, work.query)
+    _histories(state, work.scratch, user, ids, n, x, at[2])
+    _carts(state.category, cart, ids, n, x, at[3])
+    _sources(state, work.scratch, user, cart, ids, ranks, n, work.query, work.lanes, x, at[4])
+    _things(state.item_x, state.user_x, user, ids, n, x)
 
 @njit(cache=True, nogil=True)
 def candidate_rows(state, work, user, cart, barred):
@@ -131,9 +157,9 @@ def candidate_rows(state, work, user, cart, barred):
 
     `user`: code or -1; `cart`, `barred`: int32 codes, of which none comes back. Fills work.ids [:n], work.ranks [:n], work.x [:n].
     Codes are not checked here: an index out of range would crash the process, so callers check."""
-    n, counts = gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists, work.touched)
-    _fill(state, work, user, cart, n)
-    clear(state, work.scratch, user, cart, barred, work.ids, n, counts, work.touched)
+    n = gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists)
+    _fill(state, work, user, cart, work.ids, work.ranks, n, work.x)
+    clear(work.scratch)
     return n
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #2cc454bd
@@ -142,13 +168,13 @@ def shown_rows(state, work, user, items, x):
     """Features of `items` (int32 codes), which were shown to `user` (code or -1) with an empty cart, into `x` float32 [len(items), features].
 
     Ranks and scores by source are those that the items would have had among the candidates."""
-    nobody, absent = items[:0], np.full(work.ranks.shape[1], 999.0, np.float32)
-    n, counts = gather(state, work.scratch, user, nobody, nobody, work.ids, work.ranks, work.lists, work.touched)
-    _cart_vector(state, nobody, work.vector)
+    nobody, ranks, rows, place = items[:0], np.full((len(items), work.ranks.shape[1]), np.float32(999)), work.scratch.row, work.scratch.place
+    gather(state, work.scratch, user, nobody, nobody, work.ids, work.ranks, work.lists)
     for k in range(len(items)):
-        slot = work.scratch.slot[items[k]]
-        _row(state, work, user, nobody, items[k], work.ranks[slot - 1] if slot > 0 else absent, x[k])
-    clear(state, work.scratch, user, nobody, nobody, work.ids, n, counts, work.touched)
+        at = place[rows[items[k]]]
+        if at > 0: ranks[k] = work.ranks[at - 1]
+    _fill(state, work, user, nobody, items, ranks, len(items), x)
+    clear(work.scratch)
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #0e53bce1
 class Cases(NamedTuple):
