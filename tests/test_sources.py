@@ -160,8 +160,8 @@ def test_a_version_from_before_these_sources_opens_and_half_a_source_does_not(tm
 
 def test_every_source_has_words_of_its_own():
     x = np.zeros(len(NAMES), np.float32)
-    without = reasons_of(x, list(SOURCES), None); x[NAMES.index("cart_size")] = 2
-    assert len(set(without)) == len(SOURCES) and without[SOURCES.index("content")] != reasons_of(x, ["content"], None)[0]
+    without = reasons_of(x, SOURCES, None); x[NAMES.index("cart_size")] = 2
+    assert len(set(without)) == len(SOURCES) and without[SOURCES.index("content")] != reasons_of(x, ("content",), None)[0]
 
 # ---- what the build and the pages make of them
 

@@ -16,10 +16,11 @@ import polars as pl
 from ..candidates.blend import State, load_state
 from ..core.files import atomic_dir, file_digest, full_disk_is_clear, read_json, write_json
 from ..core.settings import RecsysError
-from ..features.definitions import ITEM, USER
-from ..features.point_in_time import PAIR
+from ..features.definitions import ITEM, NAMES, USER
+from ..features.point_in_time import PAIR, load_arrays
 from ..ranking.calibration import load_calibration
 from ..ranking.ranker import load_ranker
+from ..ranking.scorer import item_words, trees_of
 from ..ranking.rules import NO_RULES, Rules, read_rules
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #fdb8ad51
@@ -34,6 +35,7 @@ class Bundle(NamedTuple):
     item_codes: dict         # item id → code
     rules: Rules = NO_RULES  # the shop's
     calibration: np.ndarray | None = None # float64 [2, 2, KNOTS]: from scores to probabilities; None: a version from before there were any
+    words: np.ndarray | None = None       # uint32 or uint64 [I, T]: what the items' features leave of each tree; None: the same, or a ranker that the scorer cannot hold
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #e1971b58
 def _digests(folder: Path) -> dict[str, str]:
@@ -57,6 +59,11 @@ def _link(source: Path, target: Path):
     try: os.link(source.resolve(), target)
     except OSError: shutil.copyfile(source, target)
 
+def _write_words(folder: Path):
+    "What the items' features leave of each tree of the ranker, beside it; nothing, if the scorer cannot hold the ranker."
+    if trees := trees_of(load_ranker(folder/"ranker.txt"), len(NAMES)):
+        np.save(folder/"words.npy", item_words(trees, np.load(folder/"state"/"item_x.npy", allow_pickle=False)), allow_pickle=False)
+
 def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker: Path, items: pl.DataFrame, users: pl.Series, manifest: dict, rules: Path | None = None) -> Path:
     """Write, verify and put in place `bundles`/`version`; the folder.
 
@@ -71,6 +78,7 @@ def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker:
         with full_disk_is_clear(target):
             if rules: read_rules(rules); (tmp/"rules.toml").write_bytes(Path(rules).read_bytes())  # a copy: the original will be edited
             items.write_parquet(tmp/"items.parquet"); pl.DataFrame({"user_id": users}).write_parquet(tmp/"users.parquet")
+            _write_words(tmp)
         write_json(tmp/"manifest.json", {**manifest, "version": version, "files": _digests(tmp)})
         _check(open_bundle(tmp))
     verify_bundle(target)
@@ -112,6 +120,7 @@ def _check(b: Bundle):
                       ("user_close", -1), ("complement_ids", -1), ("content_ids", -1), ("trending", -1), ("past_item", 0)):
         a = getattr(s, name)
         need(not a.size or (a.min() >= low and a.max() < n), name, "names items that do not exist")
+    need(b.words is None or (b.words.ndim, len(b.words)) == (2, n), "words", "does not have a row for each item")
     need(len(s.segment_items) and (not len(s.segment) or (s.segment.min() >= 0 and s.segment.max() < len(s.segment_items))), "segment", "names lists that do not exist")
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #33e34492
@@ -124,7 +133,7 @@ def open_bundle(folder: str | Path) -> Bundle:
     codes = lambda ids: {v: i for i, v in enumerate(ids)}
     curves = load_calibration(folder/"calibration.npy") if (folder/"calibration.npy").exists() else None
     rules = read_rules(folder/"rules.toml") if (folder/"rules.toml").exists() else NO_RULES
-    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids), rules, curves)
+    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids), rules, curves, load_arrays(folder).get("words"))
 
 def promote(bundles: str | Path, version: str):
     "Make `version` the one that `current` names, atomically."
