@@ -27,6 +27,7 @@ from .events import validate, validate_events, write_day
 from .flags import RULES, Flagger
 from .identity import Forgotten, Gone, Stitcher, conflicts
 from .importers import Source, Table, mapping_files, open_mapping, read_mapping, rows_of
+from .log import arrived_files, arrived_table
 from .quarantine import Bad, check_share, raw_rows, reason_counts, recovered_files, recovered_table, refused_folder
 from .quarantine import settled, with_keys, write_quarantine
 from .spill import DaySpill, Hashes, Repeats, among, distinct, waiting, whole_days
@@ -46,10 +47,10 @@ def source_files(dataset: str, root: Path) -> dict[str, Path]:
 def _digests(files: dict[str, Path]) -> list[dict]: return [dict(path=n, digest=file_digest(p)) for n, p in files.items()]
 
 def _own_files(data_dir: str | Path | None) -> dict[str, Path]:
-    "What an ingest reads besides its source: the list of the forgotten and the rows recovered from quarantine."
+    "What an ingest reads besides its source: the list of the forgotten, the rows recovered from quarantine, and what has arrived at the service."
     if not data_dir: return {}
     found = [Path(data_dir)/"forgotten.json", *(f for t in ("events", "items", "users") for f in recovered_files(data_dir, t))]
-    return {f.name: f for f in found if f.exists()}
+    return {f.name: f for f in found if f.exists()} | arrived_files(data_dir)
 
 def source_digest(dataset: str, root: Path, data_dir: str | Path | None = None) -> str:
     "A digest over names and bytes of all files that an ingest of `dataset` reads."
@@ -279,12 +280,14 @@ def _set_aside(out: Path, tables: dict[str, tuple[Table, Bad]], gone: Gone, done
     write_quarantine(out/"quarantine.parquet", parts())
     return taken, reason_counts(left)
 
-def _with(table: Table | None, recovered: Table | None) -> Table | None:
-    "A table with the raw rows of what was recovered for it, too."
-    if not (table and recovered): return table or recovered
-    return Table(table.batches, table.raw | recovered.raw)
+def _with(table: Table | None, more: Table | None) -> Table | None:
+    "A table with the raw rows of another one of its kind, too."
+    if not (table and more): return table or more
+    return Table(table.batches, table.raw | more.raw)
 
 # %% ../../nbs/1_data/13_ingest.ipynb #ecb50803
+_NOTHING = Table(lambda: iter(()), {})
+
 def ingest(dataset: str,      # "complete_journey", or a mapping file relative to `root`
            out: str | Path,   # a folder to fill, published by the caller
            moment: datetime | None, # exclusive; None: the midnight after the last event
@@ -293,16 +296,17 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
            max_quarantine_share: float, # of the rows of a table
            root: str | Path,  # folder of settings.ini
            bot_events_per_minute: int = 100, bot_events_per_day: int = 2000, # acts of a visitor that are still human
-           data_dir: str | Path | None = None, # where the list of the forgotten and the recovered rows lie
+           data_dir: str | Path | None = None, # where the list of the forgotten, the recovered rows and the log of the service lie
            say: Callable[[str], None] = lambda what: None, # told after each batch that is read and each day that is written
            ) -> dict:         # what ingest.json says
     "Import, check, cut at a moment, and write `dataset` to `out`; `RecsysError` if it is unusable."
     out, source, forgotten = Path(out), open_source(dataset, Path(root)), Forgotten(data_dir)
     back, keys = {t: recovered_table(data_dir, t) for t in ("events", "items", "users")}, settled(data_dir)
     with _spill_beside(out) as tmp:
-        log = Log(dataset, [t for t in (source.events, back["events"]) if t], tmp, forgotten)
+        came = dict(rows_read=source.events, recovered=back["events"] or _NOTHING, arrived=arrived_table(data_dir, tmp) or _NOTHING)
+        log = Log(dataset, [*came.values()], tmp, forgotten)
         log.first_pass((now, clock_skew_minutes), source.custom_types, say)
-        aside = dict(events=(_with(source.events, back["events"]), log.bad))
+        aside = dict(events=(_with(_with(source.events, came["recovered"]), came["arrived"]), log.bad))
         with _kept(aside, log.gone, keys, data_dir): check_share("events", log.bad, sum(log.read), max_quarantine_share, dataset)
         if not log.counts: raise RecsysError("no valid event", dataset, _TIMES)
         moment = end_of_data(log.counts) if moment is None else utc(moment)
@@ -316,9 +320,8 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
             for t, (_, bad, n) in tables.items(): check_share(t, bad, n, max_quarantine_share, dataset)
         taken, reasons = _set_aside(out, aside, log.gone, keys)
         sizes = _write(out, done, {t: rows for t, (rows, _, _) in tables.items()}, log.gone, source, moment)
-        said = _account(log, done, taken) | sizes | dict(dataset=dataset, about=source.about, moment=moment.isoformat(), timed=source.timed,
-            rows_read=log.read[0],
-            recovered=sum(log.read[1:]), quarantine_reasons=reasons, remarks=reason_counts(log.remarks), sources=_digests(source.files))
+        said = _account(log, done, taken) | sizes | dict(zip(came, log.read)) | dict(dataset=dataset, about=source.about,
+            moment=moment.isoformat(), timed=source.timed, quarantine_reasons=reasons, remarks=reason_counts(log.remarks), sources=_digests(source.files))
     write_json(out/"ingest.json", said)
     if data_dir: shutil.rmtree(refused_folder(data_dir), ignore_errors=True)
     return said

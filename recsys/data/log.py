@@ -306,13 +306,14 @@ EventLog._work, EventLog._commit, EventLog._store, EventLog._show = _work, _comm
 _ALL = msgspec.json.Decoder(list[Arrival])
 
 def _frame(rows: list[tuple[int, float, bytes]]) -> pl.DataFrame: # position, received, body
-    "Rows of the log as events, with their `position`."
+    "Rows of the log as events, with their `log_position`."
     arrivals = _ALL.decode(b"[" + b",".join(body for *_, body in rows) + b"]")
     columns = {n: [getattr(a, n) for a in arrivals] for n in Arrival.__struct_fields__}
     columns["context"] = [None if c is None else msgspec.json.encode(c).decode() for c in columns["context"]]
     columns["received_ts"] = [round(t * 1e6) for _, t, _ in rows]
-    types = {n: c.dtype for n, c in Event.columns().items()} | dict(received_ts=pl.Int64, position=pl.Int64)
-    df = pl.DataFrame(columns | dict(position=[p for p, *_ in rows]), schema={n: types[n] for n in (*columns, "position")})
+    types = {n: c.dtype for n, c in Event.columns().items()} | dict(received_ts=pl.Int64, log_position=pl.Int64)
+    columns["log_position"] = [p for p, *_ in rows]
+    df = pl.DataFrame(columns, schema={n: types[n] for n in columns})
     return conform(df.with_columns(pl.from_epoch("received_ts", "us").dt.replace_time_zone("UTC")), Event)
 
 # %% ../../nbs/1_data/18_log.ipynb #6f356928
@@ -368,13 +369,13 @@ def _again(row: dict) -> tuple[int, Arrival]:
     "A row of a file as the arrival it was."
     told = {n: row[n] for n in Arrival.__struct_fields__ if row[n] is not None}
     if "context" in told: told["context"] = msgspec.json.decode(told["context"])
-    return row["position"], Arrival(**told)
+    return row["log_position"], Arrival(**told)
 
 def _tail_of_files(data_dir: Path, after: int, last: int, most: int) -> list[tuple[int, Arrival]]:
     "At most so many events behind `after` that are in files, up to the position `last`."
     found = []
     for path in (p for p in rolled_files(data_dir) if after < _ends(p)[1] <= last):
-        rows = pl.scan_parquet(path).filter(pl.col("position") > after).head(most - len(found)).collect()
+        rows = pl.scan_parquet(path).filter(pl.col("log_position") > after).head(most - len(found)).collect()
         found += map(_again, rows.iter_rows(named=True))
         if len(found) == most: break
     return found
@@ -448,7 +449,8 @@ def forget_in_log(data_dir: str | Path, ids: list[str], # of users or visitors
                   links: str | Path | None = None,      # links.parquet of the last ingest: their visitors too
                   ) -> int:                             # rows removed, of events and of what was shown
     "Put people on the list of the forgotten, and remove them from the log, its files and what was shown."
-    data_dir, files = Path(data_dir), [*rolled_files(data_dir)]
+    data_dir = Path(data_dir)
+    if not _log_path(data_dir).exists(): never_learn(data_dir, ids, links); return 0
     with alone(data_dir), _sqlite_is_clear(_log_path(data_dir)), closing(_open(data_dir)) as con:
         files = rolled_files(data_dir)
         everyone = {*ids} | _visitors(con, [*files, *([Path(links)] if links and Path(links).exists() else [])], {*ids})

@@ -175,10 +175,12 @@ def _forget(a):
     from recsys.core.jobs import folder_of
     from recsys.core.settings import RecsysError, load_settings
     from recsys.data.identity import forget
+    from recsys.data.log import forget_in_log
     s = load_settings()
     try: links = folder_of("ingest", "", s)/"links.parquet"
     except RecsysError: links = None  # nothing was ingested yet
-    print(f"{forget(s.data_dir, a.id, links)} new on the list; every run from now on leaves them out")
+    new, removed = forget(s.data_dir, a.id, links), forget_in_log(s.data_dir, a.id, links)
+    print(f"{new} new on the list; every run from now on leaves them out; {removed} rows removed from the log of the service")
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #3a9234b5

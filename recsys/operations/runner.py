@@ -212,9 +212,11 @@ def run(settings: Settings, date: str = "", records: dict | None = None, say=lam
 
     `records` is filled as steps end, so that it tells how far a run came that raised. What was done before a failure stays done."""
     from recsys.data.ingest import source_digest
+    from recsys.data.log import alone, roll_log
     records, done, folders, label = {} if records is None else records, {}, {}, date or "latest"
     with run_lock(settings.data_dir):
-        sweep(settings.data_dir)
+        with alone(settings.data_dir): sweep(settings.data_dir) # a service may be writing a file of its log
+        roll_log(settings.data_dir)                             # what came since is a change of the source
         source = source_digest(settings.data.dataset, Path(settings.file).parent, settings.data_dir)
         for step in steps:
             mark = plan(step, settings, date, source, done)
