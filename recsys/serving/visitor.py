@@ -11,8 +11,7 @@ __all__ = ['KINDS', 'ADD', 'BOUGHT', 'SETS', 'BELONGS', 'HEAD', 'mark', 'seconds
 from array import array
 from functools import cached_property
 from hashlib import blake2b
-from itertools import compress
-from operator import itemgetter
+from itertools import chain, compress
 from struct import Struct as Layout
 from typing import NamedTuple
 
@@ -164,26 +163,27 @@ class VisitorState(Struct, dict=True):
     def impressions(self) -> list[tuple[str, float, bool]]: return impressions_of(self.found)
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #c3b2ad6b
-def _woven(sets: list[Columns], column: str, code: str) -> tuple[list, list, list[str]]:
+def _column(c: memoryview, code: str): return c if code == "B" else c.cast(code)
+
+def _woven(sets: list[Columns], column: str, code: str) -> tuple:
     "(ts, a further column, items) of several sets, newest first."
-    wide = [(memoryview(s.ts).cast("d").tolist(), memoryview(getattr(s, column)).cast(code).tolist(), s.item) for s in sets if s.item]
-    if len(wide) < 2: return wide[0] if wide else ([], [], [])
-    wide.sort(key=lambda w: w[0][0], reverse=True)
-    ts, other, item = (sum(c, []) for c in zip(*wide))
+    sets = [s for s in sets if s.item]
+    if not sets: return (), (), []
+    if len(sets) == 1: return sets[0].ts.cast("d"), _column(getattr(sets[0], column), code), sets[0].item
+    wide = sorted(((s.ts.cast("d").tolist(), _column(getattr(s, column), code).tolist(), s.item) for s in sets), key=lambda w: w[0][0], reverse=True)
+    ts, other, item = (list(chain(*c)) for c in zip(*wide))
     if all(a[0][-1] > b[0][0] for a, b in zip(wide, wide[1:])): return ts, other, item
-    order = sorted(range(len(ts)), key=lambda i: (ts[i], other[i]), reverse=True)
-    return tuple([c[i] for i in order] for c in (ts, other, item))
+    order = sorted(range(len(ts)), key=[*zip(ts, other)].__getitem__, reverse=True)
+    return tuple([*map(c.__getitem__, order)] for c in (ts, other, item))
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #4d9dc953
-def _distinct(items: list[str], k: int) -> list[str]: return list(dict.fromkeys(items[:k]))
-
-def _visit(ts: list[float], now: float, gap: float) -> int:
+def _visit(ts, now: float, gap: float) -> int:
     "How many of the newest acts follow each other without a pause of more than `gap` seconds, up to `now`."
-    after = now
-    for n, t in enumerate(ts):
-        if after - t > gap: return n
-        after = t
-    return len(ts)
+    n = 0
+    for t in ts:
+        if now - t > gap: break
+        now, n = t, n + 1
+    return n
 
 def _cart(kinds: list[int], items: list[str]) -> list[str]:
     "What is in the cart after these cart events, newest first."
@@ -197,8 +197,8 @@ def state_of(packed: list[bytes], user: str | None, session: str | None, now: fl
     ts, sessions, items = _woven([f[0] for f in found], "session", "Q")
     _, kinds, carted = _woven([f[1] for f in found], "kind", "B")
     this = mark(session)
-    visit = list(compress(items, map(this.__eq__, sessions))) if this and this in sessions else items[:_visit(ts, now, room.gap)]
-    return VisitorState(_distinct(items, room.acts), _distinct(visit, room.acts), _cart(kinds, carted), user, found=found)
+    visit = compress(items, map(this.__eq__, sessions)) if this and this in sessions else items[:_visit(ts, now, room.gap)]
+    return VisitorState(list(dict.fromkeys(items)), list(dict.fromkeys(visit)), _cart(kinds, carted), user, found=found)
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #3152c974
 def impressions_of(found: list) -> list[tuple[str, float, bool]]:
