@@ -185,6 +185,13 @@ class Serving(Section):
     workers: Positive
     max_items: Annotated[int, Meta(ge=1, le=500)]
     rules: str # path of a rules file; empty: none
+    state: str # address of a Redis, or a folder; empty: a folder under paths.data
+    state_events: Annotated[int, Meta(ge=1, le=1000)]
+    state_impressions: Annotated[int, Meta(ge=1, le=1000)]
+    state_days: Above0
+    state_mb: Positive
+    state_timeout_ms: Positive
+    trending_hours: Above0
 
 class Run(Section):
     seed: Annotated[int, Meta(ge=0, lt=2**31)]
