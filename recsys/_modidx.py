@@ -3051,4 +3051,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'recsys/serving/visitor.py'),
                                         'recsys.serving.visitor.seconds': ('5_serving/visitor.html#seconds', 'recsys/serving/visitor.py'),
                                         'recsys.serving.visitor.state_of': ('5_serving/visitor.html#state_of', 'recsys/serving/visitor.py'),
-                                        'recsys.serving.visitor.unpack': ('5_serving/visitor.html#unpack', 'recsys/serving/visitor.py')}}}
+                                        'recsys.serving.visitor.unpack': ('5_serving/visitor.html#unpack', 'recsys/serving/visitor.py'),
+                                        'recsys.serving.visitor.without': ('5_serving/visitor.html#without', 'recsys/serving/visitor.py')}}}

@@ -20,7 +20,7 @@ import numpy as np
 from ..core.files import atomic_file
 from ..core.settings import RecsysError, Settings
 from .live_items import Change, overlaid
-from .visitor import HEAD, UNSOUND, Room, VisitorState, forgotten, gather, grown, latest, links_in, pack, records_of, state_of, unpack
+from .visitor import HEAD, UNSOUND, Room, VisitorState, forgotten, gather, grown, links_in, pack, records_of, state_of, unpack, without
 
 log = logging.getLogger("recsys.serving")
 
@@ -247,7 +247,7 @@ def _clients(uri: str, seconds: float):
     except ImportError: raise RecsysError("needs the package redis", "[serving] state", "pip install redis") from None
     from redis.backoff import NoBackoff
     from redis.retry import Retry
-    client = lambda s: redis.Redis.from_url(uri, socket_timeout=s, socket_connect_timeout=s, retry=Retry(NoBackoff(), 0), protocol=2, lib_name=None, lib_version=None)
+    client = lambda s: redis.Redis.from_url(uri, socket_timeout=s, socket_connect_timeout=s, retry=Retry(NoBackoff(), 0), protocol=2)
     try: clients = client(seconds), client(PATIENCE)
     except ValueError as e: raise RecsysError(f"no address of a Redis ({e})", "[serving] state", "write redis://HOST:PORT/0") from None
     about = clients[0].connection_pool.connection_kwargs
@@ -312,8 +312,9 @@ def _forget_far(store: RedisStore, ids: list[str]) -> int:
     "Forget users or visitors, and the browsers of the users; how many records are gone."
     with _reached(store):
         after = forgotten(lambda kind, id: unpack(v) if (v := store.writer.get(f"{PREFIX}{kind}{id}")) else None, ids)
-        cut = lambda r: lambda b: None if r is None else pack(unpack(b)._replace(links=[l for l in unpack(b).links if l in r.links])) if b else None
-        _swapped(store, {name: cut(r) for name, r in after.items()})
+        gone = {i for (_, i), r in after.items() if r is None}
+        cut = lambda b: pack(r) if b and (r := without(unpack(b), gone)) else None
+        _swapped(store, {name: (lambda b: None) if r is None else cut for name, r in after.items()})
     return sum(r is None for r in after.values())
 
 RedisStore.apply, RedisStore.forget = _apply_far, _forget_far

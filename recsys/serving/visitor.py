@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'ADD', 'BOUGHT', 'SETS', 'BELONGS', 'HEAD', 'UNSOUND', 'mark', 'seconds', 'point', 'Room', 'newest', 'linked',
            'Record', 'merge', 'latest', 'records_of', 'gather', 'Columns', 'pack', 'links_in', 'unpack', 'grown',
-           'forgotten', 'VisitorState', 'state_of', 'impressions_of']
+           'without', 'forgotten', 'VisitorState', 'state_of', 'impressions_of']
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #696f86d5
 import struct
@@ -154,16 +154,22 @@ def grown(data: bytes | None, new: Record, room: Room) -> bytes:
     except UNSOUND: return pack(new)
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #82c5c374
+def without(r: Record, names: set[str]) -> Record | None:
+    "`r` without its links to `names`; None if nothing else is in it."
+    r = r._replace(links=[l for l in r.links if l[1] not in names])
+    return r if any(r) else None
+
 def forgotten(get, ids: list[str]) -> dict[tuple[str, str], Record | None]:
     "{name: the record as it is to be after `ids` are forgotten, None: deleted}; `get` (kind, id) gives records or None."
     after: dict[tuple[str, str], Record | None] = {(kind, i): None for i in ids for kind in "vu" if get(kind, i)}
     for kind, i in list(after):
         for _, v in get("u", i).links if kind == "u" else ():
             if (r := get("v", v)) and r.links[:1] and r.links[0][1] == i: after["v", v] = None
-    for kind, i in list(after):
+    gone = set(after)
+    for kind, i in gone:
         for _, other in get(kind, i).links:
             name = "u" if kind == "v" else "v", other
-            if (r := after.get(name, get(*name))): after[name] = r._replace(links=[l for l in r.links if l[1] != i])
+            if name not in gone and (r := after.get(name, get(*name))): after[name] = without(r, {i})
     return after
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #4afca525
