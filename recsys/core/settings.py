@@ -184,6 +184,8 @@ class Serving(Section):
     port: Annotated[int, Meta(ge=0, le=65535)]
     workers: Positive
     max_items: Annotated[int, Meta(ge=1, le=500)]
+    keys_file: str # path of the file of API keys; empty: none, and then only this machine may ask
+    key_rate: Above0
     rules: str # path of a rules file; empty: none
     state: str # address of a Redis, or a folder; empty: a folder under paths.data
     state_events: Annotated[int, Meta(ge=1, le=1000)]
