@@ -92,10 +92,10 @@ _MEANS = {400: "The body or an id is not as described.", 401: "No key, or an unk
 
 def _json(schema: dict) -> dict: return {"application/json": {"schema": schema}}
 
-def _operation(route: Route, refs: dict[type, dict]) -> dict:
-    "A route in the words of OpenAPI."
+def _operation(route: Route, refs: dict[type, dict], keyed: bool) -> dict:
+    "A route in the words of OpenAPI; `keyed`: keys are asked for."
     content = _json(refs[route.answer]) if route.answer else {"text/plain": {"schema": {"type": "string"}}} if route.name == "metrics" else _json({"type": "object"})
-    said = dict(operationId=route.name, summary=route.does, security=[{"key": [route.scope]}] if route.scope else [], parameters=[{"$ref": "#/components/parameters/x-request-id"}],
+    said = dict(operationId=route.name, summary=route.does, security=[{"key": [route.scope]}] if keyed and route.scope else [], parameters=[{"$ref": "#/components/parameters/x-request-id"}],
                 responses={"200": dict(description="As asked.", content=content), **{str(e): dict(description=_MEANS[e], content=_json(refs[Failure])) for e in sorted(route.errors)}})
     if route.variable: said["parameters"].append({"name": route.variable, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1, "maxLength": 256}})
     if route.request: said["requestBody"] = dict(required=True, content=_json(refs[route.request]))
@@ -105,9 +105,11 @@ def _operation(route: Route, refs: dict[type, dict]) -> dict:
 _REQUEST_ID = {"name": "x-request-id", "in": "header", "description": "An id for the answer; used if it is 1 to 128 of 0-9 A-Z a-z . _ : -", "schema": {"type": "string"}}
 _KEY = {"type": "http", "scheme": "bearer", "description": "Needed where the service has a file of keys. Scopes: read, write, admin."}
 
-def document(max_items: int) -> dict:
-    "The OpenAPI description of the service whose longest list has `max_items`."
+def document(max_items: int, # the longest list that is served
+             keyed: bool,    # does the service ask for keys?
+             ) -> dict:
+    "The OpenAPI description of the service."
     (refs, schemas), paths = _schemas(max_items), {}
-    for r in ROUTES: paths.setdefault(r.path, {})[r.method.lower()] = _operation(r, refs)
+    for r in ROUTES: paths.setdefault(r.path, {})[r.method.lower()] = _operation(r, refs, keyed)
     return dict(openapi="3.1.0", info=dict(title="recsys", version=__version__, description="Recommendations for a shop."), paths=paths,
                 components=dict(schemas=schemas, parameters={"x-request-id": _REQUEST_ID}, securitySchemes=dict(key=_KEY)))
