@@ -42,7 +42,7 @@ def new_key(name: str, scopes: list[str], rate: float | None = None) -> tuple[st
     try: entry = msgspec.convert(plain, Entry)
     except msgspec.ValidationError as e: raise RecsysError(str(e), "new key", f"a name of letters, digits, spaces and . : @ - _; scopes of {', '.join(SCOPES)}; a rate above 0") from None
     lines = ["[[key]]", f'name = "{entry.name}"', f"scopes = [{', '.join(f'{chr(34)}{s}{chr(34)}' for s in entry.scopes)}]"]
-    return key, "\n".join([*lines, *([f"rate = {entry.rate:g}"] if rate is not None else []), f'sha256 = "{entry.sha256}"']) + "\n"
+    return key, "\n".join([*lines, *([f"rate = {entry.rate:.15g}"] if rate is not None else []), f'sha256 = "{entry.sha256}"']) + "\n"
 
 # %% ../../nbs/5_serving/08_keys.ipynb #9be4002e
 def read_keys(path: str | Path) -> tuple[Entry, ...]:
