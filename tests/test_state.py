@@ -166,7 +166,7 @@ def store(where):
     yield s
     s.close()
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_store_answers_as_the_sets_do(store, data):
     "Each example has names of its own in the same store."
@@ -197,7 +197,7 @@ def test_nobody_is_asked_about_nothing(store):
     assert seen(store.read(None, None, None, NOW)) == ([], [], [], None, [], False) == seen(store.read("v1", None, None, NOW))
     assert store.forget([]) == store.forget(["v1", "nobody"]) == 0
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(log=logs, gone=st.lists(st.sampled_from(["v1", "v2", "u1", "u2"]), max_size=2, unique=True))
 def test_the_forgotten_leave_no_name(store, log, gone):
     own = os.urandom(4).hex()
@@ -231,28 +231,29 @@ def test_records_end(where):
 # ---- several processes
 
 WRITER = """
-import sys, random
-sys.path.insert(0, sys.argv[1])
-from test_state import opened, event, NOW
+import sys
+from types import SimpleNamespace
 from recsys.serving.live_items import Item
-kind, at, worker, batches, what = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
-s = opened(kind, at)
+from recsys.serving.state import LocalStore, RedisStore
+from recsys.serving.visitor import Room
+kind, at, worker, batches, what, now = sys.argv[1:]
+s = LocalStore(at, Room(*[1000] * 5), 64) if kind == "local" else RedisStore(at, Room(*[1000] * 5), 5000)
 print("open", flush=True)
-for b in range(batches):
-    if what == "events": s.apply([event((worker, b, n), item=f"{worker}-{b}-{n}", ts=NOW - b, visitor=f"v{n}") for n in range(4)])
+for b in range(int(batches)):
+    if what == "events": s.apply([SimpleNamespace(event_id=f"{worker} {b} {n}", event_type="view", item_id=f"{worker}-{b}-{n}", ts=float(now) - b, visitor_id=f"v{n}", user_id=None, session_id=None, consent=True) for n in range(4)])
     else: s.put_items([Item(f"{worker}-{b}-{n}", stock=b) for n in range(4)])
     print(b, flush=True)
 s.close()
 """
 
 def writer(where, worker, batches, what="events"):
-    return subprocess.Popen([sys.executable, "-c", WRITER, os.path.dirname(__file__), *where, str(worker), str(batches), what], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", WRITER, *where, str(worker), str(batches), what, str(NOW)], stdout=subprocess.PIPE, text=True)
 
 def test_processes_write_the_same_visitors_and_lose_nothing(where):
-    workers = [writer(where, w, 60) for w in range(3)]
+    workers = [writer(where, w, 60) for w in range(2)]
     for p in workers: p.communicate(timeout=300); assert p.returncode == 0
     s = opened(*where)
-    for n in range(4): assert set(s.read(f"v{n}", None, None, NOW).recent) == {f"{w}-{b}-{n}" for w in range(3) for b in range(60)}
+    for n in range(4): assert set(s.read(f"v{n}", None, None, NOW).recent) == {f"{w}-{b}-{n}" for w in range(2) for b in range(60)}
     s.close()
 
 def test_a_reader_sees_every_item_that_processes_put(where):
@@ -264,7 +265,7 @@ def test_a_reader_sees_every_item_that_processes_put(where):
     assert [p.wait() for p in workers] == [0, 0] and found == {f"{w}-{b}-{n}" for w in range(2) for b in range(40) for n in range(4)} and version == 320
     s.close()
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.bench) for n in range(1, 20))])
 def test_a_killed_writer_leaves_whole_batches_and_no_lock(where, seed):
     victim, other = writer(where, 0, 10**6), writer(where, 1, 30)
     lines = [victim.stdout.readline() for _ in range(random.Random(seed).randint(2, 40))]
@@ -304,7 +305,7 @@ changes = st.builds(lambda id, known: Change(id, **known), st.sampled_from("abc"
     available_to=st.none() | st.datetimes(timezones=st.just(timezone.utc)), attributes=st.none() | st.dictionaries(texts, texts | st.integers(-9, 9) | st.lists(texts), max_size=3))))
 wholes = st.builds(Item, st.sampled_from("abc"), title=st.none() | texts, stock=st.none() | st.integers(0, 5))
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=st.lists(changes | wholes, max_size=12), cut=st.integers(1, 5))
 def test_what_is_kept_of_an_item_is_what_was_said_last(store, messages, cut):
     start, wanted, own = store.put_items([]), {}, os.urandom(4).hex()
@@ -366,7 +367,7 @@ def test_a_map_that_is_full_makes_room_or_says_so(tmp_path):
     for n in range(40): s.apply([event((n, k), "view", "x" * 200, NOW - 1000 + n, f"visitor {n}-{k // 10}") for k in range(200)])
     assert s.read("visitor 39-3", None, None, NOW).recent
     with pytest.raises(RecsysError, match="full.*state_mb"): s.apply([event(k, "view", f"{k}" * 200, NOW, f"w{k}") for k in range(9000)])
-    assert s.read("w1", None, None, NOW).recent == [] and s.read("visitor 39-3", None, None, NOW).recent == []    # all made room; none of the batch is there
+    assert s.read("w1", None, None, NOW).recent == [] and s.read("visitor 39-3", None, None, NOW).recent    # none of the batch is there, and not all others had to go
     s.apply([event(1)]); assert s.read("v1", None, None, NOW).recent == ["tea"]
     s.close()
 
@@ -444,7 +445,7 @@ def test_a_server_that_goes_and_comes_back(tmp_path, caplog):
 
 @pytest.mark.skipif(REDIS is None, reason="redis-server is missing: apt-get install redis-server")
 def test_a_full_server_refuses_writes_and_goes_on_reading(tmp_path):
-    with Server(tmp_path, "--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as server:
+    with Server(tmp_path, "--maxmemory", "100kb", "--maxmemory-policy", "noeviction") as server:
         s = RedisStore(server.uri, WIDE, timeout_ms=2000)
         with pytest.raises(RecsysError, match="does not do it"): s.apply([event(1)])
         assert seen(s.read("v1", None, None, NOW)) == ([], [], [], None, [], False)

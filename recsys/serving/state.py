@@ -33,7 +33,11 @@ def boot_id() -> str:
 @contextmanager
 def _gate(folder: Path):
     "One process at a time opens or closes `folder`."
-    with (folder/".gate").open("a") as f:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        f = (folder/".gate").open("a")
+    except OSError as e: raise RecsysError(f"no folder for the state can be had here ({e.strerror})", folder, "check [serving] state") from None
+    with f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -64,7 +68,7 @@ def key(kind: str, id: str) -> bytes:
 def _environment(folder: Path, mb: int, **kwargs) -> lmdb.Environment:
     "An LMDB environment in `folder`, at most `mb` megabytes; `RecsysError` if there is none to be had."
     try: return lmdb.open(str(folder), map_size=mb << 20, max_dbs=3, max_readers=1024, readahead=False, mode=0o600, **kwargs)
-    except (lmdb.Error, OSError) as e: raise RecsysError(f"is not a store of state, or cannot be opened ({e})", folder, "check [serving] state; what is no store must be moved away") from None
+    except lmdb.Error as e: raise RecsysError(f"is not a store of state ({str(e).rpartition(': ')[2]})", folder, "move it away, or name another folder in [serving] state") from None
 
 @contextmanager
 def _clear(where):
@@ -78,7 +82,6 @@ class LocalStore:
     "State in a folder that all workers of one machine share."
     def __init__(self, folder: str | Path, room: Room = Room(), mb: int = 1024):
         self.folder, self.room, self.limit = Path(folder), room, mb << 20
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _gate(self.folder):
             self.users, self.fresh = _claim(self.folder) # fresh: nothing is known, read the event log again
             self.env = _environment(self.folder/"visitors", mb + mb // 2 + 16, sync=False)
