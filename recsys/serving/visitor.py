@@ -28,6 +28,7 @@ def mark(id: str | None) -> int:
     "64 bits that belong to an id; 0 belongs to none."
     return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little") if id else 0
 
+# %% ../../nbs/5_serving/05_visitor.ipynb #a96fae3e
 def seconds(ts) -> float:
     "Seconds since 1970 of a moment that may be a datetime."
     return float(ts) if isinstance(ts, (int, float)) else ts.timestamp()
@@ -69,13 +70,14 @@ class Record(NamedTuple):
     cart: list[tuple] = []
     shown: list[tuple] = []
 
+# %% ../../nbs/5_serving/05_visitor.ipynb #13b4f244
 def merge(a: Record, b: Record, room: Room) -> Record:
     "Both records in one: in any order, any grouping, any number of times the same."
     return Record(linked(a.links, b.links, room.links), newest(a.acts, b.acts, room.acts), newest(a.cart, b.cart, room.cart), newest(a.shown, b.shown, room.shown))
 
 def latest(r: Record) -> float:
     "The newest moment of a record, seconds; -inf of an empty one."
-    return max((s[0][0] for s in r if s), default=float("-inf"))
+    return max([s[0][0] for s in r if s], default=float("-inf"))
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #80a3929f
 def records_of(events: list, room: Room) -> dict[tuple[str, str], Record]:
@@ -116,6 +118,7 @@ class Columns(Struct, array_like=True):
     session: memoryview # uint64 [n]
     item: list[str]
 
+# %% ../../nbs/5_serving/05_visitor.ipynb #738f00ff
 def _columns(points: list[tuple]) -> Columns:
     ts, kind, event, session, item = zip(*points) if points else ((),) * 5
     return Columns(array("d", ts).tobytes(), bytes(kind), array("Q", event).tobytes(), array("Q", session).tobytes(), list(item))
@@ -129,7 +132,7 @@ HEAD = struct.Struct("<dI")                           # newest moment, bytes of 
 _LINKS = msgspec.msgpack.Decoder(list[tuple[float, str]])
 _WHOLE = msgspec.msgpack.Decoder(tuple[Columns, Columns, Columns])
 _ASKED = msgspec.msgpack.Decoder(tuple[Columns, Columns, Raw]) # what was shown is read only if it is asked for
-_SHOWN = msgspec.msgpack.Decoder(Columns)
+_SET = msgspec.msgpack.Decoder(Columns)
 _pack = msgspec.msgpack.Encoder().encode
 UNSOUND = (msgspec.MsgspecError, ValueError, TypeError, struct.error) # what reading bytes that are no record may raise
 
@@ -148,9 +151,25 @@ def unpack(data: bytes) -> Record:
     return Record(links_in(data), *map(_points, _WHOLE.decode(memoryview(data)[HEAD.size + HEAD.unpack_from(data)[1]:])))
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #18d36785
+_APART = msgspec.msgpack.Decoder(tuple[Raw, Raw, Raw])
+
+def _longer(old: Raw, new: list[tuple], k: int) -> Columns | Raw:
+    "A packed set with `new` points merged into it, the newest `k` of them."
+    if not new: return old
+    c = _SET.decode(old)
+    if not c.item or new[-1][0] <= c.ts.cast("d")[0] or len(new) >= k: return _columns(newest(_points(c), new, k))
+    n, rest = _columns(new), k - len(new)
+    return Columns(n.ts + c.ts[:8 * rest], n.kind + c.kind[:rest], n.event + c.event[:8 * rest], n.session + c.session[:8 * rest], n.item + c.item[:rest])
+
+# %% ../../nbs/5_serving/05_visitor.ipynb #52a13e95
 def grown(data: bytes | None, new: Record, room: Room) -> bytes:
     "A packed record, or none, with `new` merged into it. What is no record counts as none: one bad value must not stop all that follow."
-    try: return pack(merge(unpack(data), new, room) if data else new)
+    if not data: return pack(new)
+    try:
+        moment, size = HEAD.unpack_from(data)
+        links = _pack(linked(links_in(data), new.links, room.links)) if new.links else data[HEAD.size:HEAD.size + size]
+        sets = [_longer(old, points, k) for old, points, k in zip(_APART.decode(data[HEAD.size + size:]), new[1:], (room.acts, room.cart, room.shown))]
+        return HEAD.pack(max(moment, latest(new)), len(links)) + links + _pack(sets)
     except UNSOUND: return pack(new)
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #82c5c374
@@ -159,6 +178,7 @@ def without(r: Record, names: set[str]) -> Record | None:
     r = r._replace(links=[l for l in r.links if l[1] not in names])
     return r if any(r) else None
 
+# %% ../../nbs/5_serving/05_visitor.ipynb #36757f42
 def forgotten(get, ids: list[str]) -> dict[tuple[str, str], Record | None]:
     "{name: the record as it is to be after `ids` are forgotten, None: deleted}; `get` (kind, id) gives records or None."
     after: dict[tuple[str, str], Record | None] = {(kind, i): None for i in ids for kind in "vu" if get(kind, i)}
@@ -188,6 +208,7 @@ class VisitorState(Struct, dict=True):
 # %% ../../nbs/5_serving/05_visitor.ipynb #c3b2ad6b
 def _column(c: memoryview, code: str): return c if code == "B" else c.cast(code)
 
+# %% ../../nbs/5_serving/05_visitor.ipynb #f7b1d8dd
 def _woven(sets: list[Columns], column: str, code: str) -> tuple:
     "(ts, a further column, items) of several sets, newest first."
     sets = [s for s in sets if s.item]
@@ -208,6 +229,7 @@ def _visit(ts, now: float, gap: float) -> int:
         now, n = t, n + 1
     return n
 
+# %% ../../nbs/5_serving/05_visitor.ipynb #ff04ceef
 def _cart(kinds: list[int], items: list[str]) -> list[str]:
     "What is in the cart after these cart events, newest first."
     last = dict(zip(reversed(items), reversed(kinds)))        # the newest of each item is written last
@@ -226,7 +248,7 @@ def state_of(packed: list[bytes], user: str | None, session: str | None, now: fl
 # %% ../../nbs/5_serving/05_visitor.ipynb #3152c974
 def impressions_of(found: list) -> list[tuple[str, float, bool]]:
     "(item, seconds since 1970, whether an act on the item followed) of what was shown, newest first."
-    ts, _, items = _woven([_SHOWN.decode(f[2]) for f in found], "kind", "B")
+    ts, _, items = _woven([_SET.decode(f[2]) for f in found], "kind", "B")
     at, _, acted = _woven([f[0] for f in found], "kind", "B")
     last = dict(zip(reversed(acted), reversed(at)))
     return [(i, t, last.get(i, t - 1) >= t) for t, i in zip(ts, items)]
