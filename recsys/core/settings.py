@@ -187,6 +187,10 @@ class Serving(Section):
     keys_file: str # path of the file of API keys; empty: none, and then only this machine may ask
     key_rate: Above0
     rules: str # path of a rules file; empty: none
+    dedupe_hours: Above0
+    shed_ms: Above0
+    refuse_ms: Above0
+    features_one_in: Positive
     state: str # address of a Redis, or a folder; empty: a folder under paths.data
     state_events: Annotated[int, Meta(ge=1, le=1000)]
     state_impressions: Annotated[int, Meta(ge=1, le=1000)]

@@ -255,6 +255,10 @@ class EventLog:
         "Keep what was shown, soon, if there is room; never waits."
         self._shown.add(record)
 
+    def last(self) -> int:
+        "The position of the newest event that the log has ever held."
+        with _sqlite_is_clear(self.path), closing(_open(self.data_dir)) as con: return con.execute(_NEXT).fetchone()[0] - 1
+
     def counts(self) -> dict[str, int]:
         "What this process has done so far, and how many batches are waiting."
         return dict(self._tally.counts, waiting=self._waiting.qsize(), served=self._shown.written, served_dropped=self._shown.dropped)

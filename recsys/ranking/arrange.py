@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_SHOWINGS', 'PINNED', 'TIRED', 'DIVERSE', 'CAPPED', 'EXPLORED', 'relevance', 'Policy', 'no_policy', 'Showings',
-           'weariness', 'seed_of', 'Places', 'places_for', 'arrange', 'pinned_rows']
+           'weariness', 'seed_of', 'Places', 'places_for', 'arrange', 'proposed', 'pinned_rows']
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #3be740bb
 from hashlib import blake2b
@@ -256,6 +256,13 @@ def _join(work, n, pin, sellable):
     return n
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #fd55c9f6
+@njit(cache=True, nogil=True)
+def proposed(state, work, user, cart, barred, pin):
+    "The candidates, with the items `pin`, in the order in which the sources took their turns, without features; how many."
+    n = _join(work, gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists), pin, state.sellable)
+    clear(work.scratch)
+    return n
+
 @njit(cache=True, nogil=True)
 def pinned_rows(state, work, user, cart, barred, pin):
     "As `candidate_rows`, with the items `pin` int32 [pins] among the candidates wherever they may be shown."

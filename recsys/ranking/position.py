@@ -99,7 +99,7 @@ def list_rows(state: State, shown: pl.DataFrame, per_source: int, budget: int, g
     user, item = (shown[c].to_numpy().astype(np.int32) for c in ("user", "item"))
     size = shown.group_by("list", maintain_order=True).len()["len"].to_numpy().astype(np.int32)
     x, ends = np.zeros((len(item), len(NAMES)), np.float32), np.cumsum(size)
-    for a, b in zip(ends - size, ends): shown_rows(state, work, int(user[a]), item[a:b], x[a:b])
+    for a, b in zip(ends - size, ends): shown_rows(state, work, int(user[a]), item[:0], item[a:b], x[a:b])
     gain = shown.select(pl.max_horizontal([pl.lit(0.0), *(pl.col(t) * g for t, g in gains.items() if t in shown.columns)])).to_series().to_numpy()
     rows = Rows(x, (gain > 0).astype(np.uint8), size, item, np.arange(len(size), dtype=np.int32), worth(state, item, gain, price_share), shown["position"].to_numpy().astype(np.int32))
     return rows, shown["placement"].to_numpy()

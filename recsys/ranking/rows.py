@@ -164,16 +164,16 @@ def candidate_rows(state, work, user, cart, barred):
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #2cc454bd
 @njit(cache=True, nogil=True)
-def shown_rows(state, work, user, items, x):
-    """Features of `items` (int32 codes), which were shown to `user` (code or -1) with an empty cart, into `x` float32 [len(items), features].
+def shown_rows(state, work, user, cart, items, x):
+    """Features of `items` (int32 codes), which were shown to `user` (code or -1) with `cart` (int32 codes), into `x` float32 [len(items), features].
 
     Ranks and scores by source are those that the items would have had among the candidates."""
     nobody, ranks, rows, place = items[:0], np.full((len(items), work.ranks.shape[1]), np.float32(999)), work.scratch.row, work.scratch.place
-    gather(state, work.scratch, user, nobody, nobody, work.ids, work.ranks, work.lists)
+    gather(state, work.scratch, user, cart, nobody, work.ids, work.ranks, work.lists)
     for k in range(len(items)):
         at = place[rows[items[k]]]
         if at > 0: ranks[k] = work.ranks[at - 1]
-    _fill(state, work, user, nobody, items, ranks, len(items), x)
+    _fill(state, work, user, cart, items, ranks, len(items), x)
     clear(work.scratch)
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #0e53bce1
