@@ -122,6 +122,11 @@ def test_what_happens_in_one_second_keeps_the_order_of_a_purchase():
     log = [event(n, kind, "tea") for n, kind in enumerate(["purchase", "add_to_cart", "view"])]
     for order in itertools.permutations(log): assert ask(remembered([[e] for e in order], WIDE), "v1", None, None, WIDE).cart == []
 
+@pytest.mark.parametrize("after, followed", [(-1, False), (0, True), (1, True)])
+def test_an_impression_was_followed_by_an_act_of_the_same_second_or_later(after, followed):
+    log = [event(1, "impression", "tea"), event(2, "click", "tea", NOW + after), event(3, "impression", "cup", NOW - 5)]
+    assert ask(remembered([log], WIDE), "v1", None, None, WIDE).impressions == [("tea", NOW, followed), ("cup", NOW - 5, False)]
+
 def test_moments_may_be_datetimes():
     moment = datetime.fromtimestamp(NOW, timezone.utc)
     assert records_of([event(1, ts=moment)], WIDE) == records_of([event(1)], WIDE)
@@ -181,7 +186,7 @@ def test_a_store_answers_as_the_sets_do(store, data):
     agrees(state, plainly(log, visitor, user, session))
 
 def test_only_the_newest_browsers_are_followed(where):
-    s = opened(*where, room=TIGHT)
+    s = opened(*where, room=TIGHT._replace(links=9))
     s.apply([e for n in range(5) for e in (event(n, item=f"at {n}", ts=NOW - 100 + n, visitor=f"b{n}"), event(10 + n, "search", None, NOW - 50 + n, f"b{n}", "u1"))])
     assert s.read(None, "u1", None, NOW).recent == ["at 4", "at 3"] and s.read("b4", "u1", None, NOW).recent == ["at 4", "at 3"] and s.read("b0", None, None, NOW).recent == ["at 4", "at 3", "at 0"]
     s.close()
