@@ -575,7 +575,7 @@ def test_answers_of_the_server_are_the_engine_s_and_replay(server, ruled):
         body = dict(user_id=f"u{k % N_USERS}", n=8, placement=["home", "cart"][k % 2], impressions=[dict(item_id="i3", days_ago=1), dict(item_id="i3")])
         _, _, got = ask(server, body=body, headers={"content-type": "application/json", "x-request-id": f"r-{k}"})
         want = msgspec.to_builtins(recommend(engine, msgspec.convert(body, Request), f"r-{k}"))
-        assert got["items"] == want["items"] and set(got["stage_ms"]) == {"candidates", "score", "rules"}
+        assert got["items"] == want["items"] and set(got["stage_ms"]) == {"state", "candidates", "score", "rules"}
         explored += sum("propensity" in s for s in got["items"])
         assert all(s["rank"] > 5 for s in got["items"] if "exploration" in s.get("rules", []))
     assert explored

@@ -19,9 +19,12 @@ from recsys.features.point_in_time import DAY, sessions_of
 from recsys.features.point_in_time import save_arrays
 from recsys.ranking.ranker import fit_ranker, save_ranker
 from recsys.ranking.rows import Cases, Rows
-from recsys.serving.app import Refused, check_media, decoder_for, parse, request_id_for, reserved, serve
+from recsys.core.settings import load_settings
+from recsys.serving.app import check_media, parse, request_id_for, reserved, serve
 from recsys.serving.bundle import current_bundle, open_bundle, promote, verify_bundle, versions, write_bundle
 from recsys.serving.engine import Engine, Request, rank_cases, recommend
+from recsys.serving.openapi import decoders_for
+from recsys.serving.refused import Refused
 
 N_ITEMS, N_USERS, PER_SOURCE, BUDGET = 60, 20, 12, 30
 
@@ -391,7 +394,7 @@ odd_bodies = st.one_of(
 @settings(max_examples=300)
 @given(body=odd_bodies)
 def test_parse_refuses_or_understands(body):
-    try: assert 1 <= parse(decoder_for(100), body).n <= 100
+    try: assert 1 <= parse(decoders_for(100)["recommend"], body).n <= 100
     except Refused as e:
         assert e.status == 400 and e.code in ("invalid_json", "invalid_request")
         assert 5 < len(json.loads(e.body())["error"]["message"]) <= 300
@@ -411,23 +414,28 @@ def test_addresses():
 
 SERVE = '''
 import sys
-from recsys.core.settings import RecsysError
+from recsys.core.settings import RecsysError, load_settings
 from recsys.serving.app import serve
-try: serve({bundles!r}, '127.0.0.1', {port}, {workers}, 12, 30, 100)
+try: serve(load_settings(), {bundles!r}, '127.0.0.1', {port})
 except RecsysError as e: sys.exit(str(e))
 '''
 
-def start(shop, port=0, workers=1):
-    return subprocess.Popen([sys.executable, "-c", SERVE.format(bundles=str(shop/"bundles"), port=port, workers=workers)],
+def environment(shop, workers=1, **serving) -> dict:
+    "Of a process whose settings are those of the file, but for these."
+    mine = dict(RECSYS_PATHS_DATA=str(shop/"data"), RECSYS_CANDIDATES_PER_SOURCE=str(PER_SOURCE), RECSYS_CANDIDATES_BUDGET=str(BUDGET), RECSYS_SERVING_WORKERS=str(workers))
+    return os.environ | mine | {f"RECSYS_SERVING_{k.upper()}": str(v) for k, v in serving.items()}
+
+def start(shop, port=0, workers=1, **serving):
+    return subprocess.Popen([sys.executable, "-c", SERVE.format(bundles=str(shop/"bundles"), port=port)], env=environment(shop, workers, **serving),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 @contextmanager
-def serving(shop, workers=1):
-    "(process, port) of a server that is ready."
-    server = start(shop, workers=workers)
+def serving(shop, workers=1, **settings):
+    "(process, port) of a server that is ready; `settings` of [serving]."
+    server = start(shop, workers=workers, **settings)
     try:
         line = server.stdout.readline()
-        assert line.startswith("serving v1 on http://127.0.0.1:"), server.stderr.read()
+        assert line.startswith("serving v"), server.stderr.read()
         yield server, int(line.rpartition(":")[2])
     finally:
         if server.poll() is None: server.terminate()
@@ -453,7 +461,7 @@ def test_server_answers_as_the_engine_does(server, engine):
     want = msgspec.to_builtins(recommend(engine, Request(user_id="u3", cart=["i4"], n=5, explain=True), "mine-1"))
     timeless = lambda answer: {k: v for k, v in answer.items() if k not in ("took_ms", "stage_ms")}
     assert status == 200 and timeless(got) == timeless(want)
-    assert headers["x-request-id"] == got["request_id"] == "mine-1" and set(got["stage_ms"]) == {"candidates", "score"}
+    assert headers["x-request-id"] == got["request_id"] == "mine-1" and set(got["stage_ms"]) == {"state", "candidates", "score"}
     assert got["took_ms"] >= got["stage_ms"]["score"]
     assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
     assert "granian" not in str(headers).lower()
@@ -526,7 +534,7 @@ def test_port_in_use_and_missing_bundle_are_one_line_each(server, shop, tmp_path
     for process, words in ((taken, f"127.0.0.1:{server.port}: cannot listen here"), (missing, "no bundle has been published")):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 1 and out == "" and err.count("\n") == 1 and words in err and " — " in err, err
-    with pytest.raises(RecsysError, match="no bundle has been published"): serve(tmp_path, "127.0.0.1", 0, 1, 12, 30, 100)
+    with pytest.raises(RecsysError, match="no bundle has been published"): serve(load_settings(), tmp_path, "127.0.0.1", 0)
 
 def test_damaged_bundles_do_not_start(shop, tmp_path):
     (tmp_path/"ranker.txt").write_bytes((shop/"ranker.txt").read_bytes())
@@ -578,8 +586,9 @@ def test_workers_do_not_outlive_a_killed_parent(shop):
 
 LIGHT = '''
 import sys
-from recsys.serving.app import open_engine
-open_engine(sys.argv[1], 12, 30)
+import recsys.serving.app
+from recsys.serving.service import open_engine
+open_engine(sys.argv[1] + "/v1", 12, 30)
 heavy = ("torch", "lightning", "pytorch_lightning", "shap", "altair", "IPython", "jupyter_core", "ipykernel", "papermill", "nbconvert",
          "faiss", "implicit", "matplotlib", "fastcore", "plotly")
 print([m for m in heavy if m in sys.modules])

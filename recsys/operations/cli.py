@@ -119,7 +119,7 @@ def _serve(a):
     from recsys.operations.runner import bundles_folder
     from recsys.serving.app import serve
     s = load_settings()
-    serve(bundles_folder(s), a.host or s.serving.host, s.serving.port if a.port is None else a.port, s.serving.workers, s.candidates.per_source, s.candidates.budget, s.serving.max_items)
+    serve(s, bundles_folder(s), a.host, a.port)
     return 0
 
 def _status(a):
