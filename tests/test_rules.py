@@ -56,7 +56,7 @@ def engine_with(shop):
     @cache
     def engine(tables_seed, items_seed):
         state, items = frozen(tables_seed), random_items(items_seed)
-        return Engine(state, b.ranker, PER_SOURCE, BUDGET, b._replace(state=state, items=items))
+        return Engine(state, b.ranker, PER_SOURCE, BUDGET, b._replace(state=state, items=items, words=None))
     return engine
 
 # ---- random rules and requests

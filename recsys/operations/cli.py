@@ -292,6 +292,18 @@ def _bench_sequences(a):
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #2663976b
+def _bench_serving(a):
+    from rich.console import Console
+    from recsys.core.settings import load_settings
+    from recsys.operations.bench_serving import bench_serving
+    from recsys.operations.figures import bench_page
+    s = load_settings()
+    with Console(stderr=True).status("measuring") as status:
+        said = bench_serving(a.out, s, a.items, a.users, a.seconds, say=lambda note: status.update(f"measuring: {note}"))
+    print(f"a simulated shop of {said['items']:,} items and {said['users']:,} users: engine {said['engine_cpu_us']:.0f} CPU µs a list, {said['request_cpu_us']:.0f} a request; the usual service "
+          f"{said['ratio_to_usual']:.1f} times that; {said['rps_sustained']:,} requests a second kept up, p99 {said['p99_ms']:.1f} ms. Look at {bench_page('serving', s, [a.out])}")
+    return 0
+
 def _bench_shop(a):
     from rich.console import Console
     from recsys.core.settings import load_settings
@@ -360,6 +372,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--k", type=int, default=10, help="length of the lists"); c.add_argument("--peers", action="store_true", help=rectools)
     c = of(bench, "shop", _bench_shop, "the daily run's lists, next basket and completion, beside baselines and other libraries' models")
     c.add_argument("--date", default="", metavar="DAY", help="the moment of the run (default: the end of the data)"); c.add_argument("--peers", action="store_true", help=rectools)
+    c = of(bench, "serving", _bench_serving, "what a list costs in the engine and over HTTP, on a simulated shop, beside the usual service")
+    c.add_argument("--items", type=int, default=100_000); c.add_argument("--users", type=int, default=200_000)
+    c.add_argument("--seconds", type=float, default=10, help="of load for each figure")
     command("status", _status, "the last runs and what is being served")
     return p
 

@@ -1,0 +1,250 @@
+"The whole service in its own processes: what happens shapes the next list, nothing that was promised is lost, and nothing that breaks is seen."
+import http.client, json, os, shutil, signal, threading, time, uuid
+from datetime import datetime, timezone
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from recsys.core.settings import RecsysError
+from recsys.data.log import EventLog, tail_log
+from recsys.serving.bundle import open_bundle, promote
+from recsys.serving.engine import Engine, Request, recommend
+from recsys.serving.keys import new_key
+from recsys.serving.service import Pressure
+from recsys.serving.refused import Refused
+from test_serving import BUDGET, N_ITEMS, PER_SOURCE, ask, publish, serving, tables, workers_of
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("service")
+    publish(folder); publish(folder, "v2", tables(seed=7)); promote(folder/"bundles", "v1")
+    return folder
+
+@pytest.fixture(scope="module")
+def server(shop):
+    with serving(shop, features_one_in=1) as (process, port): yield SimpleNamespace(process=process, port=port, folder=shop)
+
+@pytest.fixture(scope="module")
+def engines(shop):
+    def of(version):
+        b = open_bundle(shop/"bundles"/version)
+        return Engine(b.state, b.ranker, PER_SOURCE, BUDGET, b)
+    return {v: of(v) for v in ("v1", "v2")}
+
+def event(kind, visitor, item, **more): return dict(event_id=uuid.uuid4().hex, event_type=kind, visitor_id=visitor, item_id=item, **more)
+def post(port, *events, **how): return ask(port, path="/v1/events", body=dict(events=list(events)), **how)
+def listed(port, **request): return [s["item_id"] for s in ask(port, body=request)[2]["items"]]
+def expected(engine, **request): return [s.item_id for s in recommend(engine, Request(**request), "r").items]
+
+def until(what, seconds=20):
+    "Wait until `what()` holds."
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(.05)
+
+# ---- what happens shapes the next list
+
+def test_a_cart_that_was_posted_is_the_cart_of_the_next_question(server, engines):
+    status, _, said = post(server.port, event("add_to_cart", "ann", "i4"), event("add_to_cart", "ann", "i9"))
+    assert (status, said["accepted"], said["duplicates"], said["rejected"]) == (200, 2, 0, [])
+    assert listed(server.port, visitor_id="ann") == expected(engines["v1"], cart=["i4", "i9"]) != expected(engines["v1"])
+    post(server.port, event("remove_from_cart", "ann", "i4"))
+    assert listed(server.port, visitor_id="ann") == expected(engines["v1"], cart=["i9"], items=["i4"])
+    assert listed(server.port, visitor_id="ann", cart=["i20"], items=["i21"]) == expected(engines["v1"], cart=["i20"], items=["i21"])  # the request goes first
+    assert listed(server.port, visitor_id="ann", consent=False) == expected(engines["v1"])
+
+def test_a_visitor_who_logs_in_is_the_user_from_then_on(server, engines):
+    post(server.port, event("view", "phone", "i7", user_id="u3"))
+    assert listed(server.port, visitor_id="phone") == expected(engines["v1"], user_id="u3", items=["i7"])
+
+def test_without_consent_nothing_is_remembered(server, engines):
+    post(server.port, event("add_to_cart", "bob", "i4", consent=False))
+    assert listed(server.port, visitor_id="bob") == expected(engines["v1"])
+
+def test_an_event_counts_once_and_a_bad_one_refuses_only_itself(server):
+    twice = event("view", "cid", "i5")
+    assert post(server.port, twice)[2]["accepted"] == 1
+    said = post(server.port, twice, dict(event_type="view"), event("view", "cid", "i6"))[2]
+    assert (said["accepted"], said["duplicates"], [r["index"] for r in said["rejected"]]) == (1, 1, [1])
+
+def test_an_item_out_of_stock_is_gone_within_a_second_and_comes_back(server):
+    first = listed(server.port, user_id="u3")[0]
+    assert ask(server.port, "PUT", f"/v1/items/{first}", dict(title="x", stock=0))[0] == 200
+    time.sleep(1)
+    assert all(first not in listed(server.port, user_id="u3", n=100) for _ in range(5))
+    assert ask(server.port, "PATCH", f"/v1/items/{first}", dict(stock=3))[0] == 200
+    until(lambda: listed(server.port, user_id="u3")[0] == first)
+    assert ask(server.port, "PATCH", "/v1/items/no-such-item", dict(stock=3))[0] == 404
+
+def test_what_everybody_buys_now_is_trending_within_seconds(server, engines):
+    quiet = next(f"i{k}" for k in range(N_ITEMS) if engines["v1"].state.sellable[k] and f"i{k}" not in listed(server.port, n=100))
+    if not len(engines["v1"].state.trending): pytest.skip("this bundle has no list of what is trending")
+    post(server.port, *(event("purchase", f"crowd-{k}", quiet) for k in range(50)))
+    until(lambda: quiet in listed(server.port, n=100))
+
+# ---- other questions
+
+def test_rank_and_similar(server, engines):
+    _, _, got = ask(server.port, path="/v1/rank", body=dict(user_id="u3", candidates=["i1", "i2", "i3", "unknown"]))
+    full = {s.item_id: s.score for s in recommend(engines["v1"], Request(user_id="u3", n=100), "r").items}
+    scores = [s["score"] for s in got["items"]]
+    assert {s["item_id"] for s in got["items"]} <= {"i1", "i2", "i3"} and scores == sorted(scores, reverse=True)
+    assert all(abs(full[s["item_id"]] - s["score"]) < 1e-9 for s in got["items"] if s["item_id"] in full)
+    _, _, kin = ask(server.port, path="/v1/similar", body=dict(item_id="i4", n=5))
+    near = {f"i{j}" for j in engines["v1"].state.together_ids[4] if j >= 0} | {f"i{j}" for j in engines["v1"].state.cart_ids[4] if j >= 0}
+    assert kin["items"] and {s["item_id"] for s in kin["items"]} <= near - {"i4"}
+    assert ask(server.port, path="/v1/similar", body=dict(item_id="unknown"))[0] == 404
+
+def test_a_list_can_be_explained_later(server):
+    _, _, given = ask(server.port, body=dict(user_id="u3", cart=["i4"], n=3))
+    until(lambda: ask(server.port, "GET", f"/v1/explain/{given['request_id']}")[0] == 200)
+    why = ask(server.port, "GET", f"/v1/explain/{given['request_id']}")[2]
+    assert [(s["item_id"], s["score"]) for s in why["items"]] == [(s["item_id"], s["score"]) for s in given["items"]] and all(s["contributions"] for s in why["items"])
+    assert ask(server.port, "GET", "/v1/explain/never-given")[0] == 404
+
+def test_what_was_served_is_kept_with_features(server):
+    _, _, given = ask(server.port, body=dict(user_id="u5", n=3))
+    def record():
+        lines = [l for p in (server.folder/"data"/"served").glob("day=*/*.jsonl") for l in p.read_text().splitlines() if given["request_id"] in l]
+        return json.loads(lines[0]) if lines else None
+    until(record)
+    kept = record()
+    assert [i[0] for i in kept["items"]] == [s["item_id"] for s in given["items"]] and kept["model_version"] == given["model_version"] and kept["user_id"] == "u5"
+    assert np.shape(kept["x"]) == (3, 107)
+
+def test_somebody_is_forgotten(server, engines):
+    post(server.port, event("add_to_cart", "eve", "i4"))
+    assert listed(server.port, visitor_id="eve") != expected(engines["v1"])
+    status, _, said = ask(server.port, "DELETE", "/v1/users/eve", b"")
+    assert status == 200 and said["removed"] >= 2 and listed(server.port, visitor_id="eve") == expected(engines["v1"])
+    assert not any(e.visitor_id == "eve" for _, e in tail_log(server.folder/"data", 0, 100_000))
+
+def test_figures_for_prometheus(server):
+    from prometheus_client.parser import text_string_to_metric_families
+    ask(server.port)
+    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20); link.request("GET", "/metrics")
+    families = {f.name: f for f in text_string_to_metric_families(link.getresponse().read().decode())}
+    lists = sum(s.value for s in families["recsys_requests"].samples if s.labels.get("route") == "recommend" and s.labels["status"] == "200")
+    assert lists > 5 and sum(s.value for s in families["recsys_events"].samples if s.labels.get("outcome") == "accepted") >= 5
+
+# ---- too little time, parts that fail
+
+def test_a_request_that_cannot_wait_gets_a_cheaper_list(server):
+    _, _, got = ask(server.port, body=dict(user_id="u3", timeout_ms=.001))
+    assert got["fallback_level"] == 4 and got["degraded"] and got["items"]
+    _, _, got = ask(server.port, body=dict(user_id="u3", timeout_ms=60000))
+    assert got["fallback_level"] == 0 and not got["degraded"]
+
+def test_levels_follow_the_pressure():
+    p = Pressure(shed_ms=10, refuse_ms=100)
+    def at(behind, timeout=None): p.behind = behind; return p.level(timeout)
+    assert [at(b) for b in (0, 9.9, 10, 20, 40, 80, 99)] == [0, 0, 1, 2, 3, 4, 4]
+    with pytest.raises(Refused) as e: at(100)
+    assert e.value.status == 429 and e.value.headers["retry-after"]
+    for _ in range(200): p.took(0, 50.)
+    assert at(0, 20) == 1 and at(0, 100) == 0 and at(0, 1e-6) == 4
+
+def test_a_state_that_cannot_be_reached_degrades_the_answer_only(shop, engines):
+    with serving(shop, state="redis://127.0.0.1:1/0") as (_, port):
+        status, _, got = ask(port, body=dict(visitor_id="ann", user_id="u3"))
+        assert status == 200 and got["degraded"] and [s["item_id"] for s in got["items"]] == expected(engines["v1"], user_id="u3")
+        assert post(port, event("view", "ann", "i4"))[2]["accepted"] == 1  # safe in the log
+
+# ---- keys
+
+def test_keys_open_what_their_scopes_say(shop, tmp_path):
+    keys, file = {}, tmp_path/"keys.toml"
+    lines = []
+    for name, scopes in (("reader", ["read"]), ("writer", ["write"]), ("boss", ["read", "write", "admin"])):
+        keys[name], text = new_key(name, scopes); lines.append(text)
+    file.write_text("\n".join(lines)); file.chmod(0o600)
+    with serving(shop, keys_file=file) as (process, port):
+        def status(key, *args, **how):
+            headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+            return ask(port, *args, headers=headers, **how)[0]
+        assert status(None) == status("recsys_wrong") == 401 and status(keys["reader"]) == 200 and status(keys["writer"]) == 403
+        batch = json.dumps(dict(events=[event("view", "v", "i1")]))
+        assert status(keys["writer"], path="/v1/events", body=batch) == 200 and status(keys["reader"], path="/v1/events", body=batch) == 403
+        assert status(keys["writer"], "PUT", "/v1/items/i1", b"{}") == 403 and status(keys["boss"], "PUT", "/v1/items/i1", b"{}") == 200
+        assert status(None, "GET", "/healthz", b"") == status(None, "GET", "/openapi.json", b"") == 200
+        process.terminate(); err = process.communicate(timeout=20)[1]
+        audits = [json.loads(l) for l in err.splitlines() if '"audit"' in l]
+        assert [(a["key"], a["status"]) for a in audits] == [("writer", 403), ("boss", 200)] or [(a["key"], a["status"]) for a in audits] == [("", 403), ("boss", 200)]
+
+# ---- versions come and go, workers die
+
+def hammer(port, stop, answers, failures):
+    "Ask without pause until `stop`; (version, items) of each answer."
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    while not stop.is_set():
+        try:
+            status, _, got = ask(port, body=dict(user_id="u3", cart=["i4"]), link=link)
+            if status == 200: answers.append((got["model_version"], tuple(s["item_id"] for s in got["items"])))
+            else: failures.append(status)
+        except (OSError, http.client.HTTPException) as e:
+            failures.append(repr(e)); link = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+
+def test_a_new_version_comes_and_goes_without_a_failed_or_mixed_answer(shop, tmp_path, engines):
+    folder = tmp_path/"shop"; shutil.copytree(shop, folder, symlinks=True, ignore=shutil.ignore_patterns("data"))
+    with serving(folder, workers=2) as (process, port):
+        stop, answers, failures = threading.Event(), [], []
+        threads = [threading.Thread(target=hammer, args=(port, stop, answers, failures)) for _ in range(3)]
+        for t in threads: t.start()
+        versions = lambda: {v for v, _ in answers[-20:]}
+        for version in ("v2", "v1"):
+            promote(folder/"bundles", version)
+            until(lambda: len(answers) > 20 and versions() == {version}, 60)
+        broken = folder/"bundles"/"v3"; shutil.copytree(folder/"bundles"/"v2", broken); (broken/"ranker.txt").write_text("nonsense")
+        promote(folder/"bundles", "v3"); seen = len(answers)
+        until(lambda: len(answers) > seen + 50)
+        time.sleep(2)
+        assert versions() == {"v1"}
+        stop.set()
+        for t in threads: t.join()
+    assert not failures
+    right = {v: tuple(expected(e, user_id="u3", cart=["i4"])) for v, e in engines.items()}
+    assert {(v, items) for v, items in answers} == {("v1", right["v1"]), ("v2", right["v2"])}
+
+def poster(port, stop, safe):
+    "Post batches without pause until `stop`; ids of those whose safety was confirmed."
+    while not stop.is_set():
+        batch = [event("view", f"v{len(safe)}", "i4") for _ in range(3)]
+        try:
+            if post(port, *batch)[0] == 200: safe.extend(e["event_id"] for e in batch)
+        except (OSError, http.client.HTTPException, ValueError): time.sleep(.02)
+
+def killed_while_posting(shop, kills, whole=False):
+    "Ids confirmed while workers, or the `whole` service, are killed `kills` times."
+    safe, rng = [], np.random.default_rng(0)
+    for _ in range(kills if whole else 1):
+        with serving(shop, workers=2) as (process, port):
+            stop = threading.Event()
+            threads = [threading.Thread(target=poster, args=(port, stop, safe)) for _ in range(3)]
+            for t in threads: t.start()
+            for _ in range(1 if whole else kills):
+                time.sleep(float(rng.uniform(.3, 1.)))
+                if whole: process.kill()
+                else:
+                    until(lambda: len(workers_of(process.pid)) == 2, 60)
+                    os.kill(int(rng.choice(workers_of(process.pid))), signal.SIGKILL)
+            time.sleep(.5)
+            stop.set()
+            for t in threads: t.join()
+    return safe
+
+def each_once(folder, safe):
+    found = [e.event_id for _, e in tail_log(folder/"data", 0, 10_000_000)]
+    assert safe and len(found) == len(set(found)) and not set(safe) - set(found)
+
+def test_no_confirmed_event_is_lost_when_workers_are_killed(shop, tmp_path):
+    folder = tmp_path/"shop"; shutil.copytree(shop, folder, symlinks=True, ignore=shutil.ignore_patterns("data"))
+    each_once(folder, killed_while_posting(folder, 2))
+
+@pytest.mark.bench
+@pytest.mark.parametrize("kills,whole", [(150, False), (50, True)])
+@pytest.mark.timeout(7200)
+def test_no_confirmed_event_is_lost_in_200_kills(shop, tmp_path, kills, whole):
+    folder = tmp_path/"shop"; shutil.copytree(shop, folder, symlinks=True, ignore=shutil.ignore_patterns("data"))
+    each_once(folder, killed_while_posting(folder, kills, whole))
