@@ -1,5 +1,5 @@
 "What the service remembers: the laws of its sets, and one suite for both stores, with real processes, real kills and a real Redis."
-import functools, itertools, os, random, shutil, signal, socket, sqlite3, subprocess, sys, time
+import functools, itertools, os, random, shutil, signal, socket, sqlite3, subprocess, sys, threading, time
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
@@ -10,7 +10,8 @@ from recsys.core.settings import RecsysError, load_settings
 from recsys.data.events import Item as Contract, validate
 from recsys.serving.live_items import Change, Item, overlaid, row_of, said
 from recsys.serving.state import LocalStore, RedisStore, _used, boot_id, key, make_room, open_state
-from recsys.serving.visitor import ADD, Record, Room, VisitorState, forgotten, gather, grown, links_in, merge, pack, records_of, state_of, unpack
+from recsys.serving.state_redis import _swapped
+from recsys.serving.visitor import Record, Room, VisitorState, forgotten, gather, grown, links_in, merge, pack, records_of, state_of, unpack
 
 REDIS = shutil.which("redis-server")
 WIDE, TIGHT = Room(1000, 1000, 1000, 1000, 1000), Room(acts=3, cart=2, shown=3, links=2, follow=2)
@@ -122,6 +123,11 @@ def test_what_happens_in_one_second_keeps_the_order_of_a_purchase():
     log = [event(n, kind, "tea") for n, kind in enumerate(["purchase", "add_to_cart", "view"])]
     for order in itertools.permutations(log): assert ask(remembered([[e] for e in order], WIDE), "v1", None, None, WIDE).cart == []
 
+@pytest.mark.parametrize("bought_by", [None, "ann"])
+def test_also_across_a_login(bought_by):
+    log = [event(1, "purchase", "tea", user=bought_by), event(2, "add_to_cart", "tea", user=None if bought_by else "ann"), event(3, "add_to_cart", "cup", user="ann")]
+    assert ask(remembered([log], WIDE), "v1", "ann", None, WIDE).cart == ["cup"]
+
 @pytest.mark.parametrize("after, followed", [(-1, False), (0, True), (1, True)])
 def test_an_impression_was_followed_by_an_act_of_the_same_second_or_later(after, followed):
     log = [event(1, "impression", "tea"), event(2, "click", "tea", NOW + after), event(3, "impression", "cup", NOW - 5)]
@@ -196,6 +202,11 @@ def test_ids_are_any_text(store, id):
     store.apply([event(1, visitor=id, item=id), event(2, visitor=id, user=id, item=id)])
     assert store.read(id, None, None, NOW).recent == [id] and store.read(None, id, None, NOW).user_id == id and store.read(id[:-1] or "w", None, None, NOW).recent == []
     assert store.forget([id]) == 2 and store.read(id, id, None, NOW).recent == []
+
+@pytest.mark.parametrize("visitor, user", [("v1", None), ("v1", "u1"), (None, "u1"), ("v2", "u1"), ("v2", None)])
+def test_an_anonymous_past_is_read_once_whoever_asks(store, visitor, user):
+    store.apply([event(1, "impression", "a", NOW - 9), event(2, "impression", "b", NOW - 8, "v2"), event(3, "search", None, user="u1"), event(4, "search", None, NOW, "v2", "u1")])
+    assert [i for i, *_ in store.read(visitor, user, None, NOW).impressions] == ["b", "a"]
 
 def test_nobody_is_asked_about_nothing(store):
     store.apply([]); store.apply([event(1, consent=False, user="u1"), event(2, "search", None)])
@@ -280,11 +291,25 @@ def test_a_killed_writer_leaves_whole_batches_and_no_lock(where, seed):
     last = int(rest[-1]) if rest else int(lines[-1])
     s = opened(*where)
     there = [{i for i in s.read(f"v{n}", None, None, NOW).recent if i.startswith("0-")} for n in range(4)]
-    for n in range(4): assert {f"0-{b}-{n}" for b in range(max(0, last - 400), last + 1)} <= there[n]
+    for n in range(4): assert {f"0-{b}-{n}" for b in range(min(last + 1, 900))} <= there[n]    # a record keeps 1000
     assert len({len(t) for t in there}) == 1 or where[0] == "redis" # of Redis' swaps each is whole
     assert other.returncode == 0 and {f"1-{b}-0" for b in range(30)} <= set(s.read("v0", None, None, NOW).recent)
     if where[0] == "local": assert not s.fresh
     s.close()
+
+def test_readers_beside_a_writer_see_whole_batches(store):
+    "Threads of one process, as in a worker."
+    wrong, done = [], threading.Event()
+    def read():
+        while not done.is_set():
+            state = store.read("v1", None, None, NOW)
+            if state.degraded or {i[1:] for i in state.recent if i[0] == "a"} != {i[1:] for i in state.recent if i[0] == "b"}: wrong.append(state)
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for t in readers: t.start()
+    for n in range(150): store.apply([event((n, x), item=f"{x}{n}", ts=NOW - n) for x in "ab"])
+    done.set()
+    for t in readers: t.join()
+    assert wrong == [] and len(store.read("v1", None, None, NOW).recent) == 300
 
 # ---- live items
 
@@ -349,6 +374,13 @@ def test_what_was_closed_well_survives_the_machine_and_what_was_not_begins_empty
     s.env.close(); s.items.close(); s.users.close()
     (tmp_path/"state"/"in-use").write_text("another start")                       # killed with the machine
     s = LocalStore(tmp_path/"state"); assert s.fresh and s.read("v1", None, None, NOW).recent == [] and len(s.items_since(0)[1]) == 1
+    s.close()
+
+def test_a_folder_of_another_machine_is_left_alone(tmp_path):
+    s = LocalStore(tmp_path/"state"); s.apply([event(1)])
+    (tmp_path/"state"/"in-use").write_text("the other machine's start")
+    with pytest.raises(RecsysError, match="another machine"): LocalStore(tmp_path/"state")
+    assert s.read("v1", None, None, NOW).recent == ["tea"] and (tmp_path/"state"/"visitors"/"data.mdb").exists()
     s.close()
 
 def test_only_the_last_to_close_says_so(tmp_path):
@@ -464,6 +496,20 @@ def test_no_line_tells_the_password(tmp_path, caplog):
         with pytest.raises(RecsysError) as e: s.apply([event(1)])
         assert "s3cret" not in str(e.value) + caplog.text
         s.close()
+
+def test_a_swap_that_comes_too_late_is_tried_again_but_not_for_ever(server):
+    s, other, calls = RedisStore(server.uri, WIDE, 5000), RedisStore(server.uri, WIDE, 5000), []
+    s.reader.flushall()
+    def change(before, often):
+        if len(calls) < often: other.apply([event(len(calls), item=f"theirs {len(calls)}")])
+        calls.append(before)
+        return grown(before, records_of([event("mine", item="mine")], WIDE)["v", "v1"], WIDE)
+    _swapped(s, {("v", "v1"): functools.partial(change, often=2)})
+    assert len(calls) == 3 and set(s.read("v1", None, None, NOW).recent) == {"mine", "theirs 0", "theirs 1"}
+    s.forget(["v1"]); calls.clear()
+    with pytest.raises(RecsysError, match="all the time"): _swapped(s, {("v", "v1"): functools.partial(change, often=10**9)})
+    assert "mine" not in s.read("v1", None, None, NOW).recent
+    s.close(); other.close()
 
 # ---- the settings
 

@@ -46,8 +46,8 @@ def said(c) -> dict:
 
 # %% ../../nbs/5_serving/14_live_items.ipynb #382e7a29
 def overlaid(before, new):
-    "`new` (a `Change`, or an `Item`, which replaces everything) on top of `before` (a `Change` or None), as a `Change`."
-    return Change(**{**(said(before) if before is not None and isinstance(new, Change) else {}), **said(new)})
+    "`new` (a `Change`, or an `Item`, which says all fields and so replaces everything) on top of `before` (a `Change` or None), as a `Change`."
+    return Change(**{**(said(before) if before is not None else {}), **said(new)})
 
 # %% ../../nbs/5_serving/14_live_items.ipynb #ae9782cc
 def for_sale(c, now: datetime) -> bool:

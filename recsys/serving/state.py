@@ -43,23 +43,23 @@ def _gate(folder: Path):
         yield
 
 # %% ../../nbs/5_serving/06_state.ipynb #ce7352bb
+def _alone(users) -> bool:
+    "Does nobody else use the folder? Asked inside the gate."
+    try: fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB); return True
+    except BlockingIOError: return False
+
+# %% ../../nbs/5_serving/06_state.ipynb #ef78dffa
 def _claim(folder: Path):
-    "Begin to use `folder`, inside its gate: (a file that is locked as long as we do, whether the visitors in it had to be given up)."
-    mark = folder/"in-use"
+    "Begin to use `folder`, inside its gate: (a file that is locked as long as we do, whether nothing is known of the visitors)."
+    mark, users = folder/"in-use", (folder/".users").open("a")
     said, there = mark.read_text() if mark.exists() else "", (folder/"visitors"/"data.mdb").exists()
     doubtful = there and said not in {"closed", boot_id()} - {""}
     if doubtful:
+        if not _alone(users): raise RecsysError("another machine has this folder open", folder, "write redis://HOST:PORT/0 in [serving] state: a folder is for one machine")
         for name in ("data.mdb", "lock.mdb"): (folder/"visitors"/name).unlink(missing_ok=True)
     with atomic_file(mark) as tmp: tmp.write_text(boot_id())
-    users = (folder/".users").open("a")
     fcntl.flock(users, fcntl.LOCK_SH)
     return users, doubtful or not there
-
-# %% ../../nbs/5_serving/06_state.ipynb #43ad8857
-def _last(users) -> bool:
-    "Inside the gate: did nobody else use the folder?"
-    try: fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB); return True
-    except BlockingIOError: return False
 
 # %% ../../nbs/5_serving/06_state.ipynb #eeb7abc5
 def key(kind: str, id: str) -> bytes:
@@ -90,6 +90,7 @@ class LocalStore:
             self.users, self.fresh = _claim(self.folder) # fresh: nothing is known, read the event log again
             self.env = _environment(self.folder/"visitors", mb + mb // 2 + 16, sync=False)
             self.items = _environment(self.folder/"items", mb)
+        for env in (self.env, self.items): env.reader_check() # places of readers that were killed
         self.kept, self.order = self.items.open_db(b"kept"), self.items.open_db(b"order")
 
 # %% ../../nbs/5_serving/06_state.ipynb #09c07635
@@ -109,7 +110,7 @@ LocalStore.read = _read
 def _close(store: LocalStore):
     "Let go of the folder; the last one puts everything on the disk."
     with _gate(store.folder):
-        if _last(store.users):
+        if _alone(store.users):
             store.env.sync(True)
             with atomic_file(store.folder/"in-use") as tmp: tmp.write_text("closed")
         for part in (store.env, store.items, store.users): part.close()
@@ -149,6 +150,7 @@ def drop(store: LocalStore, before: float, batch: int = 500) -> int:
 # %% ../../nbs/5_serving/06_state.ipynb #4827787e
 def make_room(store: LocalStore) -> int:
     "Let the tenth of the records go that has been away the longest; how many."
+    store.env.reader_check()                                  # a killed reader would hold on to old pages
     newest = np.array(array("d", (n for _, n in _ages(store))))
     dropped = drop(store, np.nextafter(np.quantile(newest, .1), np.inf)) if len(newest) else 0
     log.warning("%s: the visitors take more than state_mb; %d records were let go", store.folder, dropped)

@@ -12,7 +12,8 @@ import struct
 from array import array
 from functools import cached_property
 from hashlib import blake2b
-from itertools import chain, compress
+from itertools import compress
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -214,11 +215,12 @@ def _woven(sets: list[Columns], column: str, code: str) -> tuple:
     sets = [s for s in sets if s.item]
     if not sets: return (), (), []
     if len(sets) == 1: return sets[0].ts.cast("d"), _column(getattr(sets[0], column), code), sets[0].item
-    wide = sorted(((s.ts.cast("d").tolist(), _column(getattr(s, column), code).tolist(), s.item) for s in sets), key=lambda w: w[0][0], reverse=True)
-    ts, other, item = (list(chain(*c)) for c in zip(*wide))
-    if all(a[0][-1] > b[0][0] for a, b in zip(wide, wide[1:])): return ts, other, item
-    order = sorted(range(len(ts)), key=[*zip(ts, other)].__getitem__, reverse=True)
-    return tuple([*map(c.__getitem__, order)] for c in (ts, other, item))
+    ts, other, item = [], [], []
+    for s in sets: ts += s.ts.cast("d"); other += _column(getattr(s, column), code); item += s.item
+    order = sorted(range(len(ts)), key=other.__getitem__, reverse=True)
+    order.sort(key=ts.__getitem__, reverse=True)              # what has the same time stays in the order of the line above
+    pick = itemgetter(*order)
+    return pick(ts), pick(other), pick(item)
 
 # %% ../../nbs/5_serving/05_visitor.ipynb #4d9dc953
 def _visit(ts, now: float, gap: float) -> int:
@@ -239,9 +241,9 @@ def _cart(kinds: list[int], items: list[str]) -> list[str]:
 def state_of(packed: list[bytes], user: str | None, session: str | None, now: float, room: Room) -> VisitorState:
     "What follows from the records of one person."
     found = [_ASKED.decode(memoryview(d)[HEAD.size + HEAD.unpack_from(d)[1]:]) for d in packed]
-    ts, sessions, items = _woven([f[0] for f in found], "session", "Q")
+    this, acts = mark(session), [f[0] for f in found]
+    ts, sessions, items = _woven(acts, "session", "Q") if this else _woven(acts, "kind", "B")
     _, kinds, carted = _woven([f[1] for f in found], "kind", "B")
-    this = mark(session)
     visit = compress(items, map(this.__eq__, sessions)) if this and this in sessions else items[:_visit(ts, now, room.gap)]
     return VisitorState(list(dict.fromkeys(items)), list(dict.fromkeys(visit)), _cart(kinds, carted), user, found=found)
 
