@@ -116,7 +116,7 @@ class Service:
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, v.dedupe_hours)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
         self.engine, self.before, self.failed, self.live, self.version = None, None, "", {}, 0
-        self.counters, self.tail_at, self.count, self.stopped = None, 0, 0, threading.Event()
+        self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
 
     def ready(self) -> Engine:
         "The engine; `Refused` while there is none."
@@ -162,7 +162,7 @@ def refresh(service: Service, engine: Engine):
     "Give `engine` today's stock and demand."
     state, now = engine.bundle.state, time.time()
     trending = np.array(state.trending)
-    if service.counters is not None and len(service.counters.weight) == len(engine.ids) and len(trending):
+    if service.counted == engine.bundle.folder and len(trending):
         usual = np.asarray(state.item_x[:, USUAL], dtype=float)
         trending = joined(rising(service.counters.at(now), usual, len(trending)), trending, len(trending))
     sellable = _sellable(engine.bundle, service.live, datetime.fromtimestamp(now, timezone.utc))
@@ -170,6 +170,8 @@ def refresh(service: Service, engine: Engine):
     engine.refresh(state._replace(sellable=sellable, trending=trending))
 
 # %% ../../nbs/5_serving/16_service.ipynb #e69a5e8f
+RECENT = 20_000 # events at the end of the log that are counted, and applied once more at a start
+
 def _items(service: Service) -> bool:
     "Take over what was put since the last look; was there anything?"
     some = False
@@ -181,9 +183,9 @@ def _items(service: Service) -> bool:
 
 def _tail(service: Service) -> bool:
     "Count the demand of the newest events, of all workers; was there any?"
-    codes, some = service.engine.bundle.item_codes, False
-    if service.counters is None or len(service.counters.weight) != len(codes):
-        service.counters = Counters(len(codes), service.settings.serving.trending_hours * 3600, time.time())
+    codes, some, bundle = service.engine.bundle.item_codes, False, service.engine.bundle.folder
+    if service.counted != bundle: # the codes are others: count the newest events once more
+        service.counters, service.counted, service.tail_at = Counters(len(codes), service.settings.serving.trending_hours * 3600, time.time()), bundle, max(0, service.log.last() - RECENT)
     while tail := service.log.tail(service.tail_at, 5000):
         service.tail_at, some = tail[-1][0], True
         service.counters.add(*demand(tail, codes))
@@ -191,8 +193,8 @@ def _tail(service: Service) -> bool:
 
 def keep_up(service: Service, beat: float = .25):
     "Until the service is closed: follow the live items, the demand and the promoted version; roll the log and sweep the state from time to time."
-    following = roll = sweep = threading.Thread()
-    begin = beats = 0
+    following = roll = threading.Thread()
+    beats = 0
     while not service.stopped.wait(beat):
         beats += 1
         try:
@@ -209,13 +211,9 @@ def _tidy(service: Service):
     except Exception as e: log.warning("could not tidy: %s", e)
 
 # %% ../../nbs/5_serving/16_service.ipynb #459d9705
-RECENT = 20_000 # events at the end of the log that are applied again
-
 def start(service: Service):
     "Load what is promoted, catch up with the log and the live items, and keep up from now on."
-    last = service.log.last()
-    at = 0 if getattr(service.store, "fresh", False) else max(0, last - RECENT)
-    service.tail_at = max(0, last - RECENT)
+    at = 0 if getattr(service.store, "fresh", False) else max(0, service.log.last() - RECENT)
     while tail := service.log.tail(at, 5000):
         at = tail[-1][0]
         service.store.apply([e for _, e in tail])
