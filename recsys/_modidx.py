@@ -2201,6 +2201,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'recsys.operations.cli._ingest': ('9_operations/cli.html#_ingest', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._ingested': ('9_operations/cli.html#_ingested', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._job': ('9_operations/cli.html#_job', 'recsys/operations/cli.py'),
+                                       'recsys.operations.cli._keys_new': ('9_operations/cli.html#_keys_new', 'recsys/operations/cli.py'),
                                        'recsys.operations.cli._last_quarantine': ( '9_operations/cli.html#_last_quarantine',
                                                                                    'recsys/operations/cli.py'),
                                        'recsys.operations.cli._line': ('9_operations/cli.html#_line', 'recsys/operations/cli.py'),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from recsys.core.settings import RecsysError
+from recsys.operations.cli import main
 from recsys.serving.keys import OPEN, SCOPES, SECURE_HEADERS, Key, Keys, audit, authorize, check_exposure, new_key, read_keys
 from recsys.serving.refused import Refused
 
@@ -179,3 +180,14 @@ def test_an_audit_line_is_json_on_one_line(caplog):
         assert (line["key"], line["status"], line["request_id"]) == want and "\n" not in record.getMessage() and len(line["audit"]) < 700
 
 def test_headers(): assert SECURE_HEADERS["x-content-type-options"] == "nosniff" and "none" in SECURE_HEADERS["content-security-policy"] and not any(set("\r\n") & set(v) for v in SECURE_HEADERS.values())
+
+def test_the_command_shows_a_key_that_works(tmp_path, capsys):
+    assert main(["keys", "new", "web shop", "--scopes", "read, write", "--rate", "3"]) == 0
+    said = capsys.readouterr().out
+    key, lines = said.splitlines()[1], said[said.index("[[key]]"):]
+    keys = Keys(write(tmp_path/"k", lines), 100, 1)
+    assert authorize(keys, bearer(key), "write", 1.).rate == 3 and key not in lines
+    for wrong in (["--scopes", "all"], ["--scopes", ""], ["--rate", "0"], ["--rate", "nan"]):
+        assert main(["keys", "new", "x", *wrong]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("recsys: new key: ") and err.count("\n") == 1

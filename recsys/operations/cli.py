@@ -134,6 +134,13 @@ def _status(a):
     print(f"serving: {(bundles/'current').resolve().name if (bundles/'current').exists() else 'nothing yet'}   versions: {', '.join(versions(bundles)) or 'none'}")
     return 0
 
+# %% ../../nbs/9_operations/07_cli.ipynb #fea7f05f
+def _keys_new(a):
+    from recsys.serving.keys import new_key
+    key, lines = new_key(a.name, _ids(a.scopes), a.rate)
+    print(f"the key, which is shown only now:\n{key}\n\nfor the file of keys ([serving] keys_file):\n{lines}", end="")
+    return 0
+
 # %% ../../nbs/9_operations/07_cli.ipynb #69f0a5c5
 def _last_quarantine(s):
     "The bad rows of the last ingest, or of one after it that was refused for them."
@@ -340,6 +347,10 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("file", metavar="FILE"); c.add_argument("--users", type=int, default=200, help="of a sample")
     c = command("serve", _serve, "answer over HTTP from the current bundle")
     c.add_argument("--host"); c.add_argument("--port", type=int)
+    keys = command("keys", None, "who may ask the service").add_subparsers(required=True, metavar="WHAT")
+    c = keys.add_parser("new", help="a new key", description="a new key"); c.set_defaults(do=_keys_new)
+    c.add_argument("name", metavar="NAME", help="of its holder, for logs"); c.add_argument("--scopes", default="read", metavar="SCOPE,SCOPE", help="of read, write, admin")
+    c.add_argument("--rate", type=float, metavar="N", help="requests a second (default: [serving] key_rate)")
     c = command("ingest", _ingest, "read and check the shop's data; nothing is learnt yet")
     c.add_argument("--date", default="", metavar="DAY"); c.add_argument("--retry-quarantine", action="store_true", help="first read again what was set aside")
     c = command("forget", _forget, "never again learn from these users or visitors")
