@@ -62,6 +62,7 @@ def test_each_word_finds_its_route_and_its_body_is_read(listener, id):
         assert ask() == {"fine": 1}
         route, found = find_route(heard[-1].method, unquote(heard[-1].path))
         assert (route.name, found) == (name, last) and heard[-1].headers["authorization"] == "Bearer k"
+        assert heard[-1].path.count("/") <= 3, "a slash of an id is no slash of the path"
         if route.request: decoders[name].decode(heard[-1].body)
 
 def test_a_connection_is_kept_by_each_thread():

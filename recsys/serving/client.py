@@ -22,16 +22,14 @@ class ServiceError(RecsysError):
 # %% ../../nbs/5_serving/11_client.ipynb #fdb7b182
 def _try(client, method: str, path: str, body: bytes | None) -> tuple[int, bytes, str | None]:
     "(status, body, retry-after) of one try; `OSError` or `HTTPException` if there is no answer."
-    link = getattr(client.kept, "link", None) or client.connect()
+    link = client.kept.link = getattr(client.kept, "link", None) or client.connect()
     try:
         link.request(method, path, body, client.headers)
         answer = link.getresponse()
-        said = answer.status, answer.read(), answer.getheader("retry-after")
+        return answer.status, answer.read(), answer.getheader("retry-after")
     except BaseException:
-        client.kept.link = None; link.close()
+        link.close()
         raise
-    client.kept.link = None if answer.will_close else link
-    return said
 
 # %% ../../nbs/5_serving/11_client.ipynb #ab83bf87
 AGAIN = (429, 502, 503, 504) # statuses of a service that may do better in a moment
