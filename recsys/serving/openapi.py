@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .. import __version__
+import recsys
 from ..data.arrivals import Arrival
 from .engine import Answer, Request
 from .refused import Refused
@@ -111,5 +111,5 @@ def document(max_items: int, # the longest list that is served
     "The OpenAPI description of the service."
     (refs, schemas), paths = _schemas(max_items), {}
     for r in ROUTES: paths.setdefault(r.path, {})[r.method.lower()] = _operation(r, refs, keyed)
-    return dict(openapi="3.1.0", info=dict(title="recsys", version=__version__, description="Recommendations for a shop."), paths=paths,
+    return dict(openapi="3.1.0", info=dict(title="recsys", version=recsys.__version__, description="Recommendations for a shop."), paths=paths,
                 components=dict(schemas=schemas, parameters={"x-request-id": _REQUEST_ID}, securitySchemes=dict(key=_KEY)))
