@@ -112,6 +112,10 @@ def test_keys_are_mounted_where_they_are_looked_for_and_closed_to_others():
         check_exposure(env["RECSYS_SERVING_HOST"], env["RECSYS_SERVING_KEYS_FILE"])
         assert not ipaddress.ip_address(env["RECSYS_SERVING_HOST"]).is_loopback
 
+def test_each_pod_has_its_own_figures():
+    for key, pod in PODS.items():
+        if key[0] == "Deployment": assert "emptyDir" in next(v for v in pod["volumes"] if v["name"] == mounts(key)["/data/metrics"]["name"])
+
 def test_no_secret_is_in_the_files(): assert "Secret" not in {d["kind"] for d in OBJECTS}
 
 # ---- who they run as

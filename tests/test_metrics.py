@@ -70,7 +70,7 @@ def test_events_queue_and_versions(tmp_path):
     b.version(odd)
     assert read(tmp_path)["recsys_bundle_info", ("version", odd)] == 1 == read(tmp_path)["recsys_bundle_info", ("version", "v1")]
     b.version("x" * 1000)
-    assert max(len(k[1][1]) for k in read(tmp_path) if k[0] == "recsys_bundle_info") == 248
+    assert max(len(k[1][1]) for k in read(tmp_path) if k[0] == "recsys_bundle_info") == 240
     a.close(); b.close()
 
 WORKER = '''
@@ -106,6 +106,19 @@ def test_killed_workers_leave_their_counts_and_take_their_gauges_along(tmp_path)
 def test_strange_files_are_not_counted(meter, tmp_path):
     for name, data in (("7.metrics", b""), ("8.metrics", b"\0" * 80), ("9.txt", b"x")): (tmp_path/"m"/name).write_bytes(data)
     assert read(tmp_path/"m")[("recsys_workers",)] == 1
+
+def test_places_that_meant_something_else_begin_anew(tmp_path):
+    "An update may exchange two figures; what was counted under the old meaning is neither shown nor counted on."
+    old = Meter(tmp_path, NAMES[::-1])
+    begin(old); end(old, NAMES[0], 200, .001); old.version("v0")
+    assert read(tmp_path) == {("recsys_degraded_total",): 0, ("recsys_in_flight",): 0, ("recsys_log_queue",): 0, ("recsys_workers",): 0}
+    old.close()
+    new = Meter(tmp_path, NAMES)
+    assert len([*tmp_path.iterdir()]) == 1 and not any(k[0] == "recsys_requests_total" for k in read(tmp_path)) and read(tmp_path)["recsys_workers",] == 1
+    begin(new); end(new, NAMES[0], 200, .001); new.close()
+    new = Meter(tmp_path, NAMES)
+    assert read(tmp_path)["recsys_requests_total", ("route", NAMES[0]), ("status", "200")] == 1, "the same meaning goes on"
+    new.close()
 
 def test_only_the_service_may_write_them(meter, tmp_path): assert oct(next((tmp_path/"m").iterdir()).stat().st_mode & 0o777) == "0o600"
 
