@@ -50,7 +50,7 @@ ROUTES = (
     Route("forget",     "DELETE", "/v1/users/{user_id}",      "admin", "Forget a user or visitor: in state, logs, and all that is learnt from now on.", None, ForgetAnswer, (400,) + KEYED + LOADING),
     Route("healthz",    "GET",    "/healthz",                 None,    "Does the process live?", None, HealthAnswer),
     Route("readyz",     "GET",    "/readyz",                  None,    "Is a bundle loaded and warm?", None, ReadyAnswer, LOADING),
-    Route("metrics",    "GET",    "/metrics",                 "read",  "Figures of all workers, for Prometheus.", None, None, KEYED),
+    Route("metrics",    "GET",    "/metrics",                 "read",  "Figures of all workers, for Prometheus.", None, None, KEYED + LOADING),
     Route("openapi",    "GET",    "/openapi.json",            None,    "This description.", None, None),
 )
 NAMES = tuple(r.name for r in ROUTES) # the label `route` of the metrics
