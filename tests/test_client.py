@@ -107,8 +107,8 @@ def test_a_connection_that_was_closed_meanwhile_is_made_again():
     assert len(heard) == 5
 
 def test_a_server_that_sleeps_and_one_that_is_not_there():
-    with server(1.5, OK) as (url, heard):
-        client = Client(url, timeout=.2)
+    with server(3., OK) as (url, heard):
+        client = Client(url, timeout=1.)
         assert client.recommend() == {"fine": 1} and len(heard) == 2, "the late answer to the first is not taken for that of the second"
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); free = s.getsockname()[1]
     for url in (f"http://127.0.0.1:{free}", "http://no.such.host.invalid"):
