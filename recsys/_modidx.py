@@ -3192,6 +3192,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'recsys.serving.service.open_engine': ( '5_serving/service.html#open_engine',
                                                                                 'recsys/serving/service.py'),
                                         'recsys.serving.service.post': ('5_serving/service.html#post', 'recsys/serving/service.py'),
+                                        'recsys.serving.service.promoted': ('5_serving/service.html#promoted', 'recsys/serving/service.py'),
                                         'recsys.serving.service.put': ('5_serving/service.html#put', 'recsys/serving/service.py'),
                                         'recsys.serving.service.refresh': ('5_serving/service.html#refresh', 'recsys/serving/service.py'),
                                         'recsys.serving.service.served_record': ( '5_serving/service.html#served_record',

@@ -177,7 +177,7 @@ async def respond(app: App, scope, proto):
     except Refused as e:
         status, body, extra = e.status, e.body(), e.headers
         await drain(proto, 16 * app.body_limit)
-    except ProtocolClosed:
+    except (ProtocolClosed, asyncio.CancelledError):
         if meter: end(meter, name, 499, time.perf_counter() - began)
         return
     except Exception:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'LOOKED_AT', 'USUAL', 'RECENT', 'LOOK_BACK', 'warm_up', 'open_engine', 'Pressure', 'completed', 'Served',
-           'served_record', 'Service', 'load', 'refresh', 'keep_up', 'start', 'ask', 'post', 'put', 'known_item',
-           'forget', 'explain']
+           'served_record', 'Service', 'load', 'promoted', 'refresh', 'keep_up', 'start', 'ask', 'post', 'put',
+           'known_item', 'forget', 'explain']
 
 # %% ../../nbs/5_serving/16_service.ipynb #677d06c8
 import asyncio, logging, os, threading, time
@@ -135,10 +135,15 @@ def load(service: Service, name: str):
     service.before, service.engine = service.engine, engine
     service.meter.version(engine.bundle.manifest["version"])
 
+def promoted(service: Service) -> str:
+    "What `current` names; `RecsysError` if there is no such link."
+    try: return os.readlink(service.bundles/"current")
+    except OSError: raise RecsysError("no bundle has been published", str(service.bundles), "run `recsys run` first") from None
+
 def _follow(service: Service):
     "Serve what `current` names, if that is another version than what is served."
-    try: name = os.readlink(service.bundles/"current")
-    except OSError: return
+    try: name = promoted(service)
+    except RecsysError: return # between two versions there is always a link; whoever removes it wants none
     if name in (service.failed, service.engine.bundle.folder.name): return
     try: load(service, name); log.info("serving %s", name)
     except Exception as e:
@@ -218,7 +223,7 @@ def start(service: Service):
         at = tail[-1][0]
         service.store.apply([e for _, e in tail])
     _items(service)
-    load(service, os.readlink(service.bundles/"current"))
+    load(service, promoted(service))
     _tail(service); refresh(service, service.engine)
     threading.Thread(target=keep_up, args=(service,), daemon=True).start()
 
