@@ -615,6 +615,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'recsys.core.settings.Factors': ('0_core/settings.html#factors', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Features': ('0_core/settings.html#features', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Index': ('0_core/settings.html#index', 'recsys/core/settings.py'),
+                                      'recsys.core.settings.Log': ('0_core/settings.html#log', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Paths': ('0_core/settings.html#paths', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Ranker': ('0_core/settings.html#ranker', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Ranker.gain': ('0_core/settings.html#ranker.gain', 'recsys/core/settings.py'),

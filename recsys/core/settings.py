@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates', 'Index',
-           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Bench', 'Serving', 'Run',
-           'Settings', 'find_settings', 'load_settings', 'as_dict']
+           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Bench', 'Serving', 'Log',
+           'Run', 'Settings', 'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -199,6 +199,10 @@ class Serving(Section):
     state_timeout_ms: Positive
     trending_hours: Above0
 
+class Log(Section):
+    keep_hours: Annotated[float, Meta(ge=48)]
+    roll_minutes: Above0
+
 class Run(Section):
     seed: Annotated[int, Meta(ge=0, lt=2**31)]
     threads: Positive
@@ -224,6 +228,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     drift: Drift
     bench: Bench
     serving: Serving
+    log: Log
     run: Run
     file: str = ""
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Id', 'Label', 'Amount', 'Currency', 'Quantity', 'Place', 'Moment', 'Context', 'CONTEXT_BYTES', 'CONTEXT_BRACKETS',
-           'Arrival', 'Rejection', 'check_arrivals']
+           'CONTEXT_DIGITS', 'Arrival', 'Rejection', 'check_arrivals']
 
 # %% ../../nbs/1_data/17_arrivals.ipynb #78819255
+import re
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
@@ -47,13 +48,15 @@ class Arrival(Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     consent: bool = True
 
 # %% ../../nbs/1_data/17_arrivals.ipynb #0dbb40e3
-CONTEXT_BYTES, CONTEXT_BRACKETS = 4096, 100
+CONTEXT_BYTES, CONTEXT_BRACKETS, CONTEXT_DIGITS = 4096, 100, 300
+_MANY_DIGITS = re.compile(rb"\d{%d}" % (CONTEXT_DIGITS + 1))
 
 def _context_fault(context: dict) -> str | None:
     "What is wrong with a context, or None."
     text = msgspec.json.encode(context)
     if len(text) > CONTEXT_BYTES: return f"context is larger than {CONTEXT_BYTES} bytes"
     if text.count(b"{") + text.count(b"[") > CONTEXT_BRACKETS: return f"context has more than {CONTEXT_BRACKETS} opening brackets"
+    if _MANY_DIGITS.search(text): return f"context has more than {CONTEXT_DIGITS} digits in a row"
 
 # %% ../../nbs/1_data/17_arrivals.ipynb #9b2acb25
 def _fault(a: Arrival, now: datetime, latest: float) -> tuple[str, str] | None: # latest: s since 1970
