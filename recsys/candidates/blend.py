@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from .session_knn import SessionIndex, votes
+from ..core.lanes import fetch_row
 from ..core.settings import RecsysError
 from ..features.definitions import ABSENT, SOURCES
 from ..features.point_in_time import load_arrays
@@ -116,6 +117,8 @@ def _spread(scratch, items, recency, ids, scores, column):
     "Add the neighbours' scores of `items`, the n-th weighted recency**n, into sums[:, column], and the strongest into the column after it; the neighbours into scratch.code. How many."
     n, weight = 0, np.float32(1)
     rows, item, used, sums, code = scratch.row, scratch.item, scratch.used, scratch.sums, scratch.code
+    for i in items:
+        fetch_row(ids, i); fetch_row(scores, i)
     for i in items:
         for k in range(ids.shape[1]):
             j = ids[i, k]

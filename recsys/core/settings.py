@@ -187,7 +187,6 @@ class Serving(Section):
     keys_file: str # path of the file of API keys; empty: none, and then only this machine may ask
     key_rate: Above0
     rules: str # path of a rules file; empty: none
-    dedupe_hours: Above0
     shed_ms: Above0
     refuse_ms: Above0
     features_one_in: Positive

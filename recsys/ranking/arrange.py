@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_SHOWINGS', 'PINNED', 'TIRED', 'DIVERSE', 'CAPPED', 'EXPLORED', 'relevance', 'Policy', 'no_policy', 'Showings',
-           'weariness', 'seed_of', 'Places', 'places_for', 'arrange', 'proposed', 'pinned_rows']
+           'weariness', 'seed_of', 'Places', 'places_for', 'arrange', 'proposed', 'gathered', 'pinned_rows']
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #3be740bb
 from hashlib import blake2b
@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from ..candidates.blend import clear, gather, meet
-from .rows import _fill
+from .rows import _fill, item_columns
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #9ee06112
 @njit(cache=True, nogil=True)
@@ -194,6 +194,16 @@ def _best(ids, base, near, taken, used, policy, value):
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #94eeca06
 @njit(cache=True, nogil=True)
+def _next(ids, base, walk, taken, used, policy):
+    "The same where nothing depends on what was taken before, `base` falling along `walk` [c]: the first that fits."
+    above = -np.inf
+    for c in walk:
+        if taken[c]: continue
+        if _fits(policy, used, ids[c]): return c, CAPPED if above > base[c] else 0
+        above = max(above, base[c])
+    return np.int64(-1), 0
+
+@njit(cache=True, nogil=True)
 def _next_held(held, s):
     "The first candidate held for a place after `s`, no longer held then; -1: none."
     for t in range(s + 1, len(held)):
@@ -214,14 +224,15 @@ def arrange(ids, scores, vectors, category, policy, showings, seed, out):
     for c in range(len(ids)): base[c] = (1 - policy.diversity) * (base[c] + policy.lift[ids[c]])
     taken, used = np.zeros(len(ids), np.bool_), np.zeros((len(policy.most), policy.groups), np.int32)
     units, some = _units(ids, vectors[:, :vectors.shape[1] if policy.diversity > 0 and policy.by_vector else 0])
-    held = _reserve(ids, policy, used, n)
+    held, walk, plain = _reserve(ids, policy, used, n), np.argsort(-base, kind="mergesort"), policy.diversity == 0
     for c in held:
         if c >= 0: taken[c] = True
         if c >= 0 and policy.diversity > 0: _approach(near, c, ids, units, some, category, policy.by_vector)
     for s in range(n):
         c, flag, chance = held[s], PINNED, 1.0
         if c < 0:
-            c, flag = _best(ids, base, near, taken, used, policy, value)
+            if plain and s < n - policy.explored: c, flag = _next(ids, base, walk, taken, used, policy)
+            else: c, flag = _best(ids, base, near, taken, used, policy, value)
             if c >= 0:
                 if s >= n - policy.explored:
                     best = c
@@ -264,10 +275,19 @@ def proposed(state, work, user, cart, barred, pin):
     return n
 
 @njit(cache=True, nogil=True)
+def gathered(state, work, user, cart, barred, pin):
+    "The candidates, with the items `pin`, and all of their features but the item's own; how many."
+    n = _join(work, gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists), pin, state.sellable)
+    _fill(state, work, user, cart, work.ids, work.ranks, n, work.x)
+    clear(work.scratch)
+    return n
+
+@njit(cache=True, nogil=True)
 def pinned_rows(state, work, user, cart, barred, pin):
     "As `candidate_rows`, with the items `pin` int32 [pins] among the candidates wherever they may be shown."
     n = gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists)
     n = _join(work, n, pin, state.sellable)
     _fill(state, work, user, cart, work.ids, work.ranks, n, work.x)
+    item_columns(state.item_x, work.ids, range(n), work.x)
     clear(work.scratch)
     return n

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Id', 'Ids', 'BOUGHT', 'DAYS', 'CART_SIZE', 'RECENCY', 'KIN', 'Impression', 'Request', 'Suggestion', 'Answer',
-           'Scorer', 'first', 'Engine', 'rank_ruled', 'rank_cases', 'said_of', 'reasons_of', 'recommend', 'rank',
-           'similar']
+           'Scorer', 'HandleType', 'Handle', 'first', 'Engine', 'rank_ruled', 'rank_cases', 'said_of', 'reasons_of',
+           'recommend', 'rank', 'similar']
 
 # %% ../../nbs/5_serving/02_engine.ipynb #061b7e73
 import time
@@ -14,14 +14,15 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from msgspec import Meta, Struct
-from numba import njit
+from numba import njit, types
+from numba.experimental import structref
 
 from ..core.lanes import ticks
 from ..features.definitions import ABSENT, NAMES, SOURCES
-from ..ranking.arrange import NO_SHOWINGS, Places, Showings, arrange, pinned_rows, places_for, proposed, seed_of
+from ..ranking.arrange import NO_SHOWINGS, Places, Showings, arrange, gathered, pinned_rows, places_for, proposed, seed_of
 from ..ranking.calibration import probability_of
 from ..ranking.ranker import POSITION, as_served
-from ..ranking.rows import MAX_CONTEXT, Cases, candidate_rows, shown_rows, work_for
+from ..ranking.rows import MAX_CONTEXT, Cases, candidate_rows, item_columns, shown_rows, work_for
 from ..ranking.scorer import Desk, Trees, desk_for, item_words, score, trees_of
 from ..ranking.rules import NO_RULES, Catalogue, Filter, Rulebook, Rules, Unit, View, bought_lately, catalogue_of, touched
 from .bundle import Bundle
@@ -85,6 +86,16 @@ class Scorer(NamedTuple):
     words: np.ndarray  # [I, T]: of `item_words`
     desk: Desk
 
+@structref.register
+class HandleType(types.StructRef):
+    def preprocess_fields(self, fields): return tuple((name, types.unliteral(kind)) for name, kind in fields)
+
+class Handle(structref.StructRefProxy):
+    "The tables, a worker's memory, the ranker, scores float64 [budget], and when each stage began, int64 [4]."
+    def __new__(cls, state, work, scorer, scores, clock): return structref.StructRefProxy.__new__(cls, state, work, scorer, scores, clock)
+
+structref.define_proxy(Handle, HandleType, ["state", "work", "scorer", "scores", "clock"])
+
 @njit(cache=True, nogil=True)
 def first(scores, n, out):
     "Rows of the largest of the first `n` scores, falling, into `out` int64 [k]; ties: the earlier row. How many."
@@ -101,29 +112,33 @@ def first(scores, n, out):
     return found
 
 @njit(cache=True, nogil=True)
-def _scored(state, work, scorer, user, cart, barred, pin, scores, clock):
-    "Candidates, with the items `pin` among them, their features and their `scores`; how many. `clock` int64 [4]: when each stage began."
+def _scored(handle, user, cart, barred, pin):
+    "Candidates, with the items `pin` among them, and their scores; how many."
+    state, work, scorer, clock = handle.state, handle.work, handle.scorer, handle.clock
     clock[0] = ticks()
-    n = pinned_rows(state, work, user, cart, barred, pin) if len(pin) else candidate_rows(state, work, user, cart, barred)
+    n = gathered(state, work, user, cart, barred, pin)
     clock[1] = ticks()
-    score(scorer.trees, scorer.words, scorer.desk, work.ids, work.x, n, work.starts[1], work.starts[2], scores)
+    score(scorer.trees, scorer.words, scorer.desk, work.ids, work.x, n, work.starts[1], work.starts[2], handle.scores)
     clock[2] = ticks()
     return n
 
 @njit(cache=True, nogil=True)
-def _ranked(state, work, scorer, user, cart, barred, scores, out, clock):
+def _ranked(handle, user, cart, barred, out):
     "The rows of the best candidates into `out`; how many."
-    n = first(scores, _scored(state, work, scorer, user, cart, barred, cart[:0], scores, clock), out)
-    clock[3] = ticks()
+    n, work = _scored(handle, user, cart, barred, cart[:0]), handle.work
+    n = first(handle.scores, n, out)
+    item_columns(handle.state.item_x, work.ids, out[:n], work.x)
+    handle.clock[3] = ticks()
     return n
 
 @njit(cache=True, nogil=True)
-def _arranged(state, work, scorer, user, cart, barred, policy, showings, seed, scores, out, clock):
+def _arranged(handle, user, cart, barred, policy, showings, seed, out):
     "The same under a policy, into the places `out`."
-    n = _scored(state, work, scorer, user, cart, barred, policy.pin, scores, clock)
-    found = arrange(work.ids[:n], scores[:n], state.vector_out, state.category, policy, showings, seed, out) if n else 0
-    clock[3] = ticks()
-    return found
+    n, state, work = _scored(handle, user, cart, barred, policy.pin), handle.state, handle.work
+    n = arrange(work.ids[:n], handle.scores[:n], state.vector_out, state.category, policy, showings, seed, out) if n else 0
+    item_columns(state.item_x, work.ids, out.row[:n], work.x)
+    handle.clock[3] = ticks()
+    return n
 
 # %% ../../nbs/5_serving/02_engine.ipynb #4b15691d
 class Engine:
@@ -134,6 +149,7 @@ class Engine:
         self.last = self.nobody  # rows of `work` that the last answer was made of
         self.scores, self.clock, short = np.zeros(budget), np.zeros(4, np.int64), max(1, budget // 4)
         self.few = self.work._replace(ids=self.work.ids[:short], ranks=self.work.ranks[:short], lists=np.zeros((len(SOURCES), max(1, per_source // 4)), np.int32))
+        self.handles = {}  # of the states that are asked: the bundle's, and those that rules and filters leave
         trees = trees_of(ranker, len(NAMES))
         self.scorer = Scorer(trees, _words(trees, state, bundle), desk_for(trees)) if trees else None
         self.use(bundle.rules if bundle else NO_RULES)
@@ -151,6 +167,14 @@ class Engine:
         self.__dict__.pop("book", None)
         if book: self.book = book
 
+    def handle(self, state, few: bool = False) -> Handle:
+        "All that the kernel needs to answer from `state`; `few`: from a quarter of the candidates."
+        found = self.handles.get((id(state), few))
+        if found is None or found[0] is not state:
+            if len(self.handles) > 128: self.handles = {}
+            found = self.handles[id(state), few] = state, Handle(state, self.few if few else self.work, self.scorer, self.scores, self.clock)
+        return found[1]
+
     @cached_property
     def catalogue(self) -> Catalogue: return catalogue_of(self.bundle.items)
 
@@ -161,7 +185,7 @@ class Engine:
         "Rows of `work` and scores of the best `n`, best first, and milliseconds per stage; codes as in `candidate_rows`, `level` as in `_cheap`."
         start, out = time.perf_counter(), np.empty(n, np.int64)
         if level: found = first(self.scores, _cheap(self, level, self.state, user, cart, barred, self.nobody), out)
-        elif self.scorer: found = _ranked(self.state, self.work, self.scorer, user, cart, barred, self.scores, out, self.clock)
+        elif self.scorer: found = _ranked(self.handle(self.state), user, cart, barred, out)
         else: found = first(self.scores, _by_library(self, self.state, user, cart, barred, self.nobody), out)
         return out[:found], self.scores[out[:found]], _stages(self, start, ("candidates", "score"))
 
@@ -184,7 +208,10 @@ def _by_library(engine: "Engine", state, user: int, cart: np.ndarray, barred: np
 def _cheap(engine: "Engine", level: int, state, user: int, cart: np.ndarray, barred: np.ndarray, pin: np.ndarray) -> int:
     """Candidates and scores at less cost; how many. Level 1: a quarter of the candidates; 2: all, in the order of their turns,
     without the ranker; 3: the list of the user's segment; 4: the list of all."""
-    if level == 1 and engine.scorer: return _scored(state, engine.few, engine.scorer, user, cart, barred, pin, engine.scores, engine.clock)
+    if level == 1 and engine.scorer:
+        n = _scored(engine.handle(state, True), user, cart, barred, pin)
+        item_columns(state.item_x, engine.work.ids, np.arange(n), engine.work.x)
+        return n
     engine.clock[0], work = time.perf_counter_ns(), engine.work
     if level < 3: n = proposed(state, work, user, cart, barred, pin)
     else: n = _listed(work, state.segment_items[state.segment[user] if user >= 0 and level == 3 else 0], state.sellable, np.concatenate([cart, barred]), pin)
@@ -215,7 +242,7 @@ def rank_ruled(engine: Engine, user: int, cart: np.ndarray, barred: np.ndarray, 
     "As `engine.rank` under the rules of `view`, in the order of the list, with its places; `seed` belongs to the request, `level` says how far to fall back."
     start, state, policy, out, scores, days = time.perf_counter(), view.state, view.policy, places_for(n), engine.scores, engine.rules.filters.bought_days
     if days is not None: barred = np.concatenate([barred, bought_lately(state, user, days)])
-    if engine.scorer and not level: found = _arranged(state, engine.work, engine.scorer, user, cart, barred, policy, showings, seed, scores, out, engine.clock)
+    if engine.scorer and not level: found = _arranged(engine.handle(state), user, cart, barred, policy, showings, seed, out)
     else:
         found = (partial(_cheap, engine, level) if level else partial(_by_library, engine))(state, user, cart, barred, policy.pin)
         if found: found = arrange(engine.work.ids[:found], scores[:found], state.vector_out, state.category, policy, showings, seed, out)
@@ -302,8 +329,10 @@ def _view(engine: Engine, request: Request) -> View:
 
 def _note(engine: Engine, view: View, suggestions: list[Suggestion], places: Places):
     "Write into `suggestions` which rules touched them, and their propensities."
+    lifted = len(view.lifts.names) > 0
     for s, flag, chance in zip(suggestions, places.flag.tolist(), places.chance.tolist()):
-        s.rules, s.propensity = touched(view, engine.bundle.item_codes[s.item_id], flag), chance
+        s.propensity = chance
+        if flag or lifted: s.rules = touched(view, engine.bundle.item_codes[s.item_id], flag)
 
 # %% ../../nbs/5_serving/02_engine.ipynb #495e9c0c
 def _user(bundle: Bundle, request: Request) -> int:

@@ -113,7 +113,7 @@ class Service:
     def __init__(self, settings: Settings, bundles: str | Path):
         v, c = settings.serving, settings.candidates
         self.settings, self.bundles, self.per_source, self.budget = settings, Path(bundles), c.per_source, c.budget
-        self.store, self.log = open_state(settings), EventLog(settings.data_dir, v.dedupe_hours)
+        self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
         self.engine, self.before, self.failed, self.live, self.version = None, None, "", {}, 0
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
@@ -199,7 +199,7 @@ def _tail(service: Service) -> bool:
 def keep_up(service: Service, beat: float = .25):
     "Until the service is closed: follow the live items, the demand and the promoted version; roll the log and sweep the state from time to time."
     following = roll = threading.Thread()
-    beats = 0
+    beats, tidy = 0, max(1, int(service.settings.log.roll_minutes * 60 / beat))
     while not service.stopped.wait(beat):
         beats += 1
         try:
@@ -207,7 +207,7 @@ def keep_up(service: Service, beat: float = .25):
             if beats % 8 == 0: changed |= _tail(service)
             if changed: refresh(service, service.engine)
             if beats % 4 == 0 and not following.is_alive(): (following := threading.Thread(target=_follow, args=(service,), daemon=True)).start()
-            if beats % 2400 == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
+            if beats % tidy == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
         except Exception as e: log.warning("could not keep up: %s", e)
 
 def _tidy(service: Service):
