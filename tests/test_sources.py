@@ -113,11 +113,11 @@ def test_the_surplus_by_hand(events):
 def candidates(state: State, user: int, cart: list[int]) -> dict[int, set[str]]:
     "Who proposed what; checks that nothing is left behind in the scratch space."
     none, scratch = np.zeros(0, np.int32), scratch_for(len(state.item_x), max(0, len(state.past_ptr) - 1))
-    ids, ranks, lists, touched = np.zeros(400, np.int32), np.zeros((400, 11), np.float32), np.zeros((11, 50), np.int32), np.zeros((5, 5000), np.int32)
-    n, counts = gather(state, scratch, user, np.array(cart, np.int32), none, ids, ranks, lists, touched)
+    ids, ranks, lists = np.zeros(400, np.int32), np.zeros((400, 11), np.float32), np.zeros((11, 50), np.int32)
+    n = gather(state, scratch, user, np.array(cart, np.int32), none, ids, ranks, lists)
     found = {int(i): {s for s, r in zip(SOURCES, row) if r < ABSENT} for i, row in zip(ids[:n], ranks[:n])}
-    clear(state, scratch, user, np.array(cart, np.int32), none, ids, n, counts, touched)
-    assert not any(a.any() for a in scratch)
+    clear(scratch)
+    assert not any(a.any() for name, a in scratch._asdict().items() if name not in ("key", "code", "worth"))
     return found
 
 def with_sources() -> State:

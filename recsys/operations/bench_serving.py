@@ -234,7 +234,7 @@ def engine_cost(bundles: Path, per_source: int, budget: int, n: int, m: int, cou
     return (time.process_time() - begin) / count * 1e6
 
 def _overlap(ours: int, usual: int, m: int) -> float:
-    "Mean share of the usual service's first ten that are in ours, under no rule that would tell them apart."
+    "Mean share of the usual service's first ten that are in ours, of users of whom no events are known yet and under no rule that would tell them apart."
     shares = []
     for k in range(100):
         body, lists = json.dumps(dict(user_id=f"user-{k * m // 100}", cart=[f"item-{k}"])), []
@@ -260,6 +260,11 @@ def bench_serving(out: str | Path, settings: Settings, items: int = 100_000, use
         steady, ladder = 0, []
         for workers in (1, 2):
             with _ours(settings, bundles, folder, workers, per_source, budget) as (p, at):
+                if workers == 2:
+                    with _usual(bundles, per_source, budget, port) as (q, there): # before there are events, of which the usual service would know nothing
+                        say("the usual service"); said["list_overlap_with_usual"] = _overlap(at, there, users)
+                        _loaded(q, there, task | dict(events=False, rate=100, count=300, seed=300), folder)
+                        said["usual"] = _loaded(q, there, task | dict(events=False, rate=150, count=int(150 * seconds), seed=301), folder)
                 say(f"{workers} worker(s)"); _loaded(p, at, task | dict(rate=300, count=1500, seed=100), folder)
                 said[f"workers_{workers}"] = _loaded(p, at, task | dict(rate=800, count=int(800 * seconds), seed=101), folder) | dict(rss_mb=_private_mb(p))
                 full = _loaded(p, at, task | dict(rate=1e5, count=int(1500 * seconds / 4), seed=102, lines=16 * workers), folder)
@@ -270,10 +275,6 @@ def bench_serving(out: str | Path, settings: Settings, items: int = 100_000, use
                         ladder.append(_loaded(p, at, task | dict(rate=rate, count=int(rate * seconds / 2), seed=200 + k), folder))
                         if ladder[-1]["errors"] or ladder[-1]["p99_ms"] > 20: break
                         steady = rate
-                    with _usual(bundles, per_source, budget, port) as (q, there):
-                        say("the usual service"); _loaded(q, there, task | dict(events=False, rate=100, count=300, seed=300), folder)
-                        said["usual"] = _loaded(q, there, task | dict(events=False, rate=150, count=int(150 * seconds), seed=301), folder)
-                        said["list_overlap_with_usual"] = _overlap(at, there, users)
         one, two, fits = said["workers_1"], said["workers_2"], [r for r in ladder if r["rate"] == steady]
         said |= dict(request_cpu_us=two["request_cpu_us"], rps_sustained=steady, ladder=ladder, p50_ms=(fits or [two])[0]["p50_ms"], p99_ms=(fits or [two])[0]["p99_ms"], errors=sum(r["errors"] for r in (one, two, *fits)),
                      scaling_1_to_2=two["saturated_rps"] / one["saturated_rps"], usual_request_cpu_us=said["usual"]["request_cpu_us"], ratio_to_usual=said["usual"]["request_cpu_us"] / two["request_cpu_us"],
