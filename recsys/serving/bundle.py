@@ -19,7 +19,7 @@ from ..core.settings import RecsysError
 from ..features.definitions import ITEM, NAMES, USER
 from ..features.point_in_time import PAIR, load_arrays
 from ..ranking.calibration import load_calibration
-from ..ranking.ranker import load_ranker
+from ..ranking.ranker import load_ranker, ranker_text
 from ..ranking.scorer import item_words, trees_of
 from ..ranking.rules import NO_RULES, Rules, read_rules
 
@@ -61,7 +61,7 @@ def _link(source: Path, target: Path):
 
 def _write_words(folder: Path):
     "What the items' features leave of each tree of the ranker, beside it; nothing, if the scorer cannot hold the ranker."
-    if trees := trees_of(load_ranker(folder/"ranker.txt"), len(NAMES)):
+    if trees := trees_of(ranker_text(folder/"ranker.txt"), len(NAMES)):
         np.save(folder/"words.npy", item_words(trees, np.load(folder/"state"/"item_x.npy", allow_pickle=False)), allow_pickle=False)
 
 def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker: Path, items: pl.DataFrame, users: pl.Series, manifest: dict, rules: Path | None = None) -> Path:

@@ -150,7 +150,7 @@ class Engine:
         self.scores, self.clock, short = np.zeros(budget), np.zeros(4, np.int64), max(1, budget // 4)
         self.few = self.work._replace(ids=self.work.ids[:short], ranks=self.work.ranks[:short], lists=np.zeros((len(SOURCES), max(1, per_source // 4)), np.int32))
         self.handles = {}  # of the states that are asked: the bundle's, and those that rules and filters leave
-        trees = trees_of(ranker, len(NAMES))
+        trees = trees_of(ranker.model_to_string(), len(NAMES))
         self.scorer = Scorer(trees, _words(trees, state, bundle), desk_for(trees)) if trees else None
         self.use(bundle.rules if bundle else NO_RULES)
         if bundle: self.ids, self.titles = (bundle.items[c].to_list() if c in bundle.items.columns else [None] * len(bundle.items) for c in ("item_id", "title"))
@@ -342,7 +342,7 @@ def _user(bundle: Bundle, request: Request) -> int:
 
 def recommend(engine: Engine, request: Request, request_id: str, level: int = 0) -> Answer:
     "The answer to a request, fallen back to `level`."
-    start, bundle, ranked = time.perf_counter(), engine.bundle, level < 2
+    start, bundle, ranked = time.perf_counter(), engine.bundle, level == 0 or level == 1 and engine.scorer is not None
     user = _user(bundle, request)
     context, barred = _codes(request.cart + request.items, bundle.item_codes), _codes(request.exclude + request.cart, bundle.item_codes)
     if not engine.ruled and request.filter is None and not request.diversity:
