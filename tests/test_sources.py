@@ -148,6 +148,16 @@ def test_a_new_item_comes_by_content_alone_and_each_source_says_so():
     assert set(told) == set(SOURCES)
     assert "complement" not in Counter(n for names in candidates(s, 1, []).values() for n in names)
 
+def test_neighbours_without_a_score_propose_nothing_and_are_met_once(tmp_path):
+    "Many more neighbours than items, all of them with a score of 0: each would once have been noted as new again and again, beyond the end of the notes."
+    n, k = 12, 60
+    s = tables(n=n, m=4)
+    near = np.tile(np.arange(n, dtype=np.int32), (n, k // n))
+    zero = np.zeros((n, k), np.float32)
+    s = s._replace(together_ids=near, together_scores=zero, cart_ids=near, cart_scores=zero, follow_ids=near, follow_scores=zero)
+    told = {name for user in range(-1, 4) for names in candidates(s, user, list(range(6))).values() for name in names}
+    assert not told & {"together", "vector_cart", "follow"} and "segment" in told
+
 def test_a_version_from_before_these_sources_opens_and_half_a_source_does_not(tmp_path):
     old = tables()._asdict()
     save_arrays(tmp_path/"old", {k: v for k, v in old.items() if k not in State._field_defaults})

@@ -123,7 +123,9 @@ def _spread(scratch, items, recency, ids, scores, column):
         for k in range(ids.shape[1]):
             j = ids[i, k]
             if j < 0: break
-            row, s = meet(rows, item, used, j), weight * scores[i, k]
+            s = weight * scores[i, k]
+            if s <= 0: continue  # a sum of 0 means below that an item was not met yet
+            row = meet(rows, item, used, j)
             if sums[row, column] == 0:
                 code[n] = j; n += 1
             sums[row, column] += s

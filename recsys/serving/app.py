@@ -17,13 +17,12 @@ from granian.rsgi import ProtocolClosed, ProtocolError
 
 from ..core.settings import RecsysError, Settings
 from .bundle import verify_bundle
-from .engine import rank, recommend, similar
 from .keys import SECURE_HEADERS, Keys, audit, authorize, check_exposure, read_keys
 from .metrics import MEDIA, begin, end, log_config, scrape
 from .openapi import NAMES, Route, decoders_for, document, find_route
 from .refused import Refused
 from .schemas import to_change, to_item
-from .service import Service, ask, explain, forget, known_item, post, put, start
+from .service import Service, ask, ask_rank, ask_similar, ask_why, explain_later, forget, known_item, post, put, start
 
 # %% ../../nbs/5_serving/03_app.ipynb #4bc0d041
 def check_media(headers):
@@ -90,7 +89,8 @@ class App:
         threading.Thread(target=self.live, daemon=True).start()
 
     def start(self):
-        "Start the service, and tell."
+        "Start the service, and tell how it went; True if it goes."
+        service = None
         try:
             service = Service(self.settings, self.bundles)
             if self.loop: self.loop.call_soon_threadsafe(lambda: setattr(self, "heart", self.loop.create_task(service.pressure.watch())))
@@ -101,10 +101,12 @@ class App:
             log.exception("a worker could not load the bundle")
             self.tell((f"could not be loaded ({type(e).__name__})", "bundle", "see the log"))
         else: self.tell(None)
+        if service and not self.service: service.close()
+        return self.service is not None
 
     def live(self):
-        "Start, and end when the parent process is gone."
-        self.start()
+        "Start, again after a pause if it fails, and end when the parent process is gone."
+        while not self.start() and multiprocessing.parent_process(): time.sleep(5)
         if parent := multiprocessing.parent_process(): parent.join(); os.kill(os.getpid(), signal.SIGTERM)
 
     async def __rsgi__(self, scope, proto): await respond(self, scope, proto)
@@ -119,28 +121,20 @@ def _ready(app: App) -> Service:
     if app.service is None: raise Refused(503, "not_ready", "the model is being loaded", **{"retry-after": "1"})
     return app.service
 
-def _similar(service: Service, question, request_id: str):
-    if question.item_id not in service.ready().bundle.item_codes: raise Refused(404, "not_found", "no such item")
-    return similar(service.ready(), question.item_id, question.n, question.filter, request_id)
-
 def _patch(service: Service, item_id: str, fields):
     if not known_item(service, item_id): raise Refused(404, "not_found", "no such item; PUT it first")
-    return put(service, [to_change(item_id, fields)])
-
-async def _explain(service: Service, request_id: str):
-    engine, question, level = await asyncio.to_thread(explain, service, request_id)
-    return recommend(engine, question, request_id, level)
+    return asyncio.to_thread(put, service, [to_change(item_id, fields)])
 
 # %% ../../nbs/5_serving/03_app.ipynb #7d478109
 # of each route: (service, question, id in the path, request id) → what is to be encoded, or something to wait for
 DOES = dict(
-    recommend=lambda s, q, last, request_id: ask(s, q, request_id),
-    rank=lambda s, q, last, request_id: rank(s.ready(), q, q.candidates, request_id),
-    similar=lambda s, q, last, request_id: _similar(s, q, request_id),
-    explain=lambda s, q, last, request_id: _explain(s, last),
+    recommend=lambda s, q, last, request_id: ask_why(s, q, request_id) if q.explain else ask(s, q, request_id),
+    rank=lambda s, q, last, request_id: ask_rank(s, q, request_id),
+    similar=lambda s, q, last, request_id: ask_similar(s, q, request_id),
+    explain=lambda s, q, last, request_id: explain_later(s, last),
     events=lambda s, q, last, request_id: post(s, q.events, time.time()),
-    put_items=lambda s, q, last, request_id: put(s, q.items),
-    put_item=lambda s, q, last, request_id: put(s, [to_item(last, q)]),
+    put_items=lambda s, q, last, request_id: asyncio.to_thread(put, s, q.items),
+    put_item=lambda s, q, last, request_id: asyncio.to_thread(put, s, [to_item(last, q)]),
     patch_item=lambda s, q, last, request_id: _patch(s, last, q),
     forget=lambda s, q, last, request_id: asyncio.to_thread(forget, s, last),
     readyz=lambda s, q, last, request_id: {"status": "ready", "model_version": s.ready().bundle.manifest["version"]},
@@ -225,12 +219,16 @@ def _granian(address: str, port: int, workers: int):
 
 # %% ../../nbs/5_serving/03_app.ipynb #c8b735f8
 def _watch(messages, workers: int, line: str, stop, failures: list):
-    "Print `line` when all `workers` are ready; the first failure is kept in `failures` and ends the server by `stop()`."
+    """Print `line` when all `workers` are ready. A failure before that is kept in `failures` and ends the server by `stop()`;
+    one of a worker that was replaced later is logged: the others go on, and it tries again."""
     ready = 0
-    while (failure := messages.get()) is None:
-        ready += 1
-        if ready == workers: print(line, flush=True)
-    failures.append(failure); stop()
+    while True:
+        failure = messages.get()
+        if failure is None:
+            ready += 1
+            if ready == workers: print(line, flush=True)
+        elif ready < workers: failures.append(failure); return stop()
+        else: log.error("a worker cannot start, and will try again: %s", RecsysError(*failure))
 
 # %% ../../nbs/5_serving/03_app.ipynb #26338718
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Id', 'Ids', 'BOUGHT', 'DAYS', 'CART_SIZE', 'RECENCY', 'KIN', 'Impression', 'Request', 'Suggestion', 'Answer',
            'Scorer', 'HandleType', 'Handle', 'first', 'Engine', 'rank_ruled', 'rank_cases', 'said_of', 'reasons_of',
-           'recommend', 'rank', 'similar']
+           'contributions_of', 'recommend', 'rank', 'similar']
 
 # %% ../../nbs/5_serving/02_engine.ipynb #061b7e73
 import time
@@ -146,7 +146,7 @@ class Engine:
     def __init__(self, state, ranker, per_source: int, budget: int, bundle: Bundle | None = None):
         self.state, self.ranker, self.bundle = state, ranker, bundle
         self.work, self.nobody = work_for(state, per_source, budget), np.zeros(0, np.int32)
-        self.last = self.nobody  # rows of `work` that the last answer was made of
+        self.last = self.nobody  # rows of `work` with the features that the last answer was made of
         self.scores, self.clock, short = np.zeros(budget), np.zeros(4, np.int64), max(1, budget // 4)
         self.few = self.work._replace(ids=self.work.ids[:short], ranks=self.work.ranks[:short], lists=np.zeros((len(SOURCES), max(1, per_source // 4)), np.int32))
         self.handles = {}  # of the states that are asked: the bundle's, and those that rules and filters leave
@@ -162,10 +162,9 @@ class Engine:
 
     def refresh(self, state):
         "Answer from `state`, other tables of the same items, from now on; may be called by another thread."
-        book = Rulebook(self.rules, self.catalogue, state) if self.ruled else None
-        self.state = state
-        self.__dict__.pop("book", None)
-        if book: self.book = book
+        book = Rulebook(self.rules, self.catalogue, state)
+        book.policies = self.book.policies  # they look at the catalogue alone
+        self.state, self.book, self.handles = state, book, {}
 
     def handle(self, state, few: bool = False) -> Handle:
         "All that the kernel needs to answer from `state`; `few`: from a quarter of the candidates."
@@ -281,10 +280,10 @@ def reasons_of(x: np.ndarray | None, sources: tuple[str, ...], placed_by: str | 
     return [s.format(x[BOUGHT], x[DAYS]) for s in said] if "repeat" in sources else list(said)
 
 # %% ../../nbs/5_serving/02_engine.ipynb #e9d60c2f
-def _contributions(engine: Engine, rows: np.ndarray, most: int = 5) -> list[dict[str, float]]:
-    "The `most` largest SHAP values of each of `rows`."
-    if not len(rows): return []
-    shap, names = engine.ranker.predict(as_served(engine.ranker, engine.work.x[rows]), pred_contrib=True, num_threads=1)[:, :-1], (*NAMES, POSITION)
+def contributions_of(ranker, x: np.ndarray, most: int = 5) -> list[dict[str, float]]:
+    "The `most` largest SHAP values of each row of features `x` [n, features]; some tenths of a millisecond each."
+    if not len(x): return []
+    shap, names = ranker.predict(as_served(ranker, x), pred_contrib=True, num_threads=1)[:, :-1], (*NAMES, POSITION)
     return [{names[i]: round(float(s[i]), 4) for i in np.argsort(-np.abs(s), kind="stable")[:most]} for s in shap]
 
 def _chances(engine: Engine, scores: np.ndarray, cart: bool) -> list[float | None]:
@@ -357,8 +356,8 @@ def recommend(engine: Engine, request: Request, request_id: str, level: int = 0)
     if ranked:
         for suggestion, chance in zip(suggestions, _chances(engine, scores, len(context) > 0)): suggestion.probability = chance
         if request.explain:
-            for suggestion, why in zip(suggestions, _contributions(engine, rows)): suggestion.contributions = why
-    engine.last = rows
+            for suggestion, why in zip(suggestions, contributions_of(engine.ranker, engine.work.x[rows])): suggestion.contributions = why
+    engine.last = rows if ranked else engine.nobody
     reached = max(level, 0 if user >= 0 or len(context) else 3)
     return Answer(request_id, suggestions, bundle.manifest["version"], "default", level > 0, reached,
                   round((time.perf_counter() - start) * 1e3, 3), {k: round(v, 3) for k, v in stages.items()})
@@ -368,7 +367,8 @@ def rank(engine: Engine, request: Request, candidates: list[str], request_id: st
     "The known and sellable ones of `candidates`, in the order for whoever asks, under the filters (no caps, pins or exploration)."
     start, bundle, view = time.perf_counter(), engine.bundle, _view(engine, request)
     codes, user, context = _codes(candidates, bundle.item_codes), _user(bundle, request), _codes(request.cart + request.items, bundle.item_codes)
-    codes = codes[(view.state.sellable[codes] > 0) & ~np.isin(codes, _codes(request.exclude, bundle.item_codes))]
+    barred = np.concatenate([_codes(request.exclude, bundle.item_codes), bought_lately(view.state, user, engine.rules.filters.bought_days)])
+    codes = codes[(view.state.sellable[codes] > 0) & ~np.isin(codes, barred)]
     x, scores = np.zeros((len(codes), len(NAMES)), np.float32), np.zeros(len(codes))
     if len(codes):
         shown_rows(view.state, engine.work, user, context, codes, x)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'LOOKED_AT', 'USUAL', 'RECENT', 'LOOK_BACK', 'warm_up', 'open_engine', 'Pressure', 'completed', 'Served',
-           'served_record', 'Service', 'load', 'promoted', 'refresh', 'keep_up', 'start', 'ask', 'post', 'put',
-           'known_item', 'forget', 'explain']
+           'served_record', 'Service', 'load', 'promoted', 'refresh', 'keep_up', 'start', 'ask', 'ask_why',
+           'explain_later', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item', 'forget', 'explain']
 
 # %% ../../nbs/5_serving/16_service.ipynb #677d06c8
 import asyncio, logging, os, threading, time
@@ -22,15 +22,15 @@ from ..data.arrivals import check_arrivals
 from ..data.log import EventLog
 from ..features.definitions import NAMES as FEATURES
 from ..ranking.rules import Filter
-from .bundle import Bundle, open_bundle
-from .engine import Answer, Engine, Impression, Request, rank, recommend, similar
+from .bundle import Bundle, open_bundle, verify_bundle, versions
+from .engine import Answer, Engine, Impression, Request, contributions_of, rank, recommend, similar
 from .freshness import Counters, demand, joined, rising
 from .live_items import for_sale, said
 from .metrics import Meter, listed, posted
 from .openapi import NAMES
 from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
-from .state import open_state
+from .state import LocalStore, open_state
 
 log = logging.getLogger("recsys.serving")
 
@@ -65,14 +65,18 @@ class Pressure:
             late = (time.monotonic() - asked) * 1e3 - self.beat
             self.behind = max(late, self.behind * .8)  # quick to notice, slower to forget
 
-    def took(self, level: int, ms: float): self.cost[level] += (ms - self.cost[level]) * .05
+    def took(self, level: int, ms: float):
+        "An answer at `level` took so long; one that was held up says little of the next."
+        self.cost[level] += (min(ms, 4 * self.cost[level] + 1) - self.cost[level]) * .05
 
     def level(self, timeout_ms: float | None) -> int:
         "The level at which to answer now; `Refused` if there is no time for any."
         if self.behind >= self.refuse: raise Refused(429, "overloaded", "more is asked than can be answered", **{"retry-after": "1"})
         least = int(np.log2(max(1.0, self.behind / self.shed))) + (self.behind >= self.shed)
         if timeout_ms is not None:
-            while least < 4 and self.behind + self.cost[least] > timeout_ms: least += 1
+            while least < 4 and self.behind + self.cost[least] > timeout_ms:
+                self.cost[least] *= .999  # what is not tried is forgotten, and then tried again
+                least += 1
         return min(4, least)
 
 # %% ../../nbs/5_serving/16_service.ipynb #468c8bb3
@@ -93,18 +97,19 @@ class Served(Struct, omit_defaults=True):
     at: float               # epoch s
     model_version: str
     variant: str
-    level: int
+    level: int              # how far the answer fell back …
+    asked: int              # … and how far it was asked to
     request: Request        # with what the state added
     visitor_id: str | None  # once more, where the log looks for whom a record is about
     user_id: str | None
     items: list[tuple[str, float, float, list[str]]] # item, score, propensity, sources
     x: list[list[float]] = []  # features of each place
 
-def served_record(engine: Engine, request: Request, answer: Answer, rows, at: float) -> bytes:
+def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float) -> bytes:
     "The line for the log; `rows` of the engine's memory whose features are kept, or None."
     items = [(s.item_id, s.score, s.propensity, s.source) for s in answer.items]
     slim = msgspec.structs.replace(request, impressions=[])
-    return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, slim, request.visitor_id, request.user_id, items,
+    return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, request.visitor_id, request.user_id, items,
                                       [] if rows is None else engine.work.x[rows].tolist()))
 
 # %% ../../nbs/5_serving/16_service.ipynb #a96c4d0c
@@ -115,7 +120,8 @@ class Service:
         self.settings, self.bundles, self.per_source, self.budget = settings, Path(bundles), c.per_source, c.budget
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
-        self.engine, self.before, self.failed, self.live, self.version = None, None, "", {}, 0
+        self.engine, self.before, self.failed, self.live, self.version = None, None, ("", 0.0), {}, 0
+        self.lock, self.explaining = threading.Lock(), asyncio.Semaphore(1)
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
 
     def ready(self) -> Engine:
@@ -131,8 +137,10 @@ class Service:
 def load(service: Service, name: str):
     "Open, warm and serve the version `name`."
     engine = open_engine(service.bundles/name, service.per_source, service.budget)
+    engine.sold = _sellable(engine.bundle, service.live.copy(), datetime.now(timezone.utc))
     refresh(service, engine)
-    service.before, service.engine = service.engine, engine
+    with service.lock: service.before, service.engine = service.engine, engine
+    _stock(service, service.live.copy(), engine)  # what was put in between
     service.meter.version(engine.bundle.manifest["version"])
 
 def promoted(service: Service) -> str:
@@ -144,24 +152,31 @@ def _follow(service: Service):
     "Serve what `current` names, if that is another version than what is served."
     try: name = promoted(service)
     except RecsysError: return # between two versions there is always a link; whoever removes it wants none
-    if name in (service.failed, service.engine.bundle.folder.name): return
-    try: load(service, name); log.info("serving %s", name)
+    if name == service.engine.bundle.folder.name or name == service.failed[0] and time.monotonic() < service.failed[1]: return
+    try: verify_bundle(service.bundles/name); load(service, name); log.info("serving %s", name)
     except Exception as e:
-        service.failed = name
+        service.failed = name, time.monotonic() + 60
         log.error("version %s cannot be served, the one before goes on: %s", name, e)
 
 # %% ../../nbs/5_serving/16_service.ipynb #d0ed3e37
 USUAL = FEATURES.index("item_share_long") # what demand is compared with
 
-def _sellable(bundle: Bundle, live: dict, now: datetime) -> np.ndarray:
-    "The bundle's column with what is said of live items."
-    out = np.array(bundle.state.sellable)
+def _sellable(bundle: Bundle, live: dict, now: datetime, out: np.ndarray | None = None) -> np.ndarray:
+    "The bundle's column (or `out`, which is changed) with what is said of the `live` items."
+    column, stock = bundle.state.sellable, bundle.items["stock"] if "stock" in bundle.items.columns else None
+    if out is None: out = np.array(column)
     for item_id, change in live.items():
         code = bundle.item_codes.get(item_id)
         if code is None: continue
-        if not for_sale(change, now): out[code] = 0
-        elif said(change).get("stock") is not None: out[code] = 1
+        empty = stock is not None and stock[code] is not None and stock[code] <= 0  # the only reason of the night that a new stock undoes
+        back = empty and (said(change).get("stock") or 0) > 0
+        out[code] = for_sale(change, now) and (column[code] or back)
     return out
+
+def _stock(service: "Service", live: dict, engine: Engine):
+    "Let `engine` know what was said of some items."
+    engine.sold = _sellable(engine.bundle, live, datetime.now(timezone.utc), engine.sold.copy())
+    refresh(service, engine)
 
 def refresh(service: Service, engine: Engine):
     "Give `engine` today's stock and demand."
@@ -170,21 +185,27 @@ def refresh(service: Service, engine: Engine):
     if service.counted == engine.bundle.folder and len(trending):
         usual = np.asarray(state.item_x[:, USUAL], dtype=float)
         trending = joined(rising(service.counters.at(now), usual, len(trending)), trending, len(trending))
-    sellable = _sellable(engine.bundle, service.live, datetime.fromtimestamp(now, timezone.utc))
+    sellable = engine.sold.copy()
     for a in (sellable, trending): a.flags.writeable = False # one type for the compiled code
     engine.refresh(state._replace(sellable=sellable, trending=trending))
 
 # %% ../../nbs/5_serving/16_service.ipynb #e69a5e8f
 RECENT = 20_000 # events at the end of the log that are counted, and applied once more at a start
 
-def _items(service: Service) -> bool:
-    "Take over what was put since the last look; was there anything?"
-    some = False
+def _items(service: Service) -> dict:
+    "Take over what was put since the last look, and give it: item → change."
+    new = {}
     while True:
         version, changes = service.store.items_since(service.version)
-        if not changes: return some
-        service.version, some = version, True
-        for c in changes: service.live[c.item_id] = c
+        if not changes: break
+        service.version = version
+        new |= {c.item_id: c for c in changes}
+    with service.lock: service.live |= new
+    return new
+
+def _dated(live: dict) -> dict:
+    "Items that begin or cease to be for sale by themselves."
+    return {i: c for i, c in live.items() if said(c).get("available_from") or said(c).get("available_to")}
 
 def _tail(service: Service) -> bool:
     "Count the demand of the newest events, of all workers; was there any?"
@@ -199,13 +220,16 @@ def _tail(service: Service) -> bool:
 def keep_up(service: Service, beat: float = .25):
     "Until the service is closed: follow the live items, the demand and the promoted version; roll the log and sweep the state from time to time."
     following = roll = threading.Thread()
+    dated = _dated(service.live)
     beats, tidy = 0, max(1, int(service.settings.log.roll_minutes * 60 / beat))
     while not service.stopped.wait(beat):
         beats += 1
         try:
-            changed = _items(service)
-            if beats % 8 == 0: changed |= _tail(service)
-            if changed: refresh(service, service.engine)
+            new, engine = _items(service), service.engine
+            dated |= _dated(new)
+            if beats % 4 == 0: new = dated | new
+            if new: _stock(service, new, engine)
+            if beats % 8 == 0 and _tail(service): refresh(service, engine)
             if beats % 4 == 0 and not following.is_alive(): (following := threading.Thread(target=_follow, args=(service,), daemon=True)).start()
             if beats % tidy == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
         except Exception as e: log.warning("could not keep up: %s", e)
@@ -216,14 +240,30 @@ def _tidy(service: Service):
     except Exception as e: log.warning("could not tidy: %s", e)
 
 # %% ../../nbs/5_serving/16_service.ipynb #459d9705
+def _first(service: Service):
+    "Load what is promoted; if that cannot be done, the newest version that can, since a list of yesterday is better than none."
+    name = promoted(service)
+    try: load(service, name); return
+    except Exception as e: why = e
+    for other in reversed(versions(service.bundles)):
+        if other == name: continue
+        try: load(service, other)
+        except Exception: continue
+        log.error("version %s cannot be served, %s is instead: %s", name, other, why)
+        service.failed = name, time.monotonic() + 60
+        return
+    raise why
+
 def start(service: Service):
     "Load what is promoted, catch up with the log and the live items, and keep up from now on."
     at = 0 if getattr(service.store, "fresh", False) else max(0, service.log.last() - RECENT)
     while tail := service.log.tail(at, 5000):
         at = tail[-1][0]
-        service.store.apply([e for _, e in tail])
-    _items(service)
-    load(service, promoted(service))
+        try: service.store.apply([e for _, e in tail])
+        except RecsysError as e: log.warning("the state begins without the newest events: %s", e); break
+    try: _items(service)
+    except RecsysError as e: log.warning("live items are not known yet: %s", e)
+    _first(service)
     _tail(service); refresh(service, service.engine)
     threading.Thread(target=keep_up, args=(service,), daemon=True).start()
 
@@ -239,16 +279,52 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
     try: answer = recommend(engine, request, request_id, level)
     except Exception:
         log.exception("request %s failed and got the shop's list", request_id)
-        answer = recommend(engine, request, request_id, 4)
+        level = 4
+        answer = recommend(engine, request, request_id, level)
     took = (time.perf_counter() - begin) * 1e3
     answer.degraded, answer.took_ms = answer.degraded or blind, round(took, 3)
     answer.stage_ms["state"] = round((known - begin) * 1e3, 3)
-    service.pressure.took(level, took)
+    if not request.explain: service.pressure.took(level, took)
     listed(service.meter, answer.fallback_level, answer.degraded, answer.took_ms, answer.stage_ms)
     service.count += 1
-    sampled = engine.last if level < 2 and service.count % service.settings.serving.features_one_in == 0 else None
-    service.log.served(served_record(engine, request, answer, sampled, now))
+    sampled = engine.last if service.count % service.settings.serving.features_one_in == 0 else None
+    service.log.served(served_record(engine, request, answer, level, sampled, now))
     return answer
+
+# %% ../../nbs/5_serving/16_service.ipynb #66f9419d
+async def ask_why(service: Service, request: Request, request_id: str) -> Answer:
+    "The answer to a question with `explain`."
+    answer = ask(service, msgspec.structs.replace(request, explain=False), request_id)
+    return await _with_contributions(service, service.engine, answer)
+
+async def _with_contributions(service: Service, engine: Engine, answer: Answer) -> Answer:
+    "`answer`, which `engine` gave last, with what moved each score."
+    if engine.bundle.manifest["version"] != answer.model_version: return answer  # exchanged in between
+    x = engine.work.x[engine.last].copy()
+    async with service.explaining: found = await asyncio.to_thread(contributions_of, engine.ranker, x)
+    for place, why in zip(answer.items, found): place.contributions = why
+    return answer
+
+async def explain_later(service: Service, request_id: str) -> Answer:
+    "The answer to `GET /v1/explain`."
+    engine, question, level = await asyncio.to_thread(explain, service, request_id)
+    return await _with_contributions(service, engine, recommend(engine, question, request_id, level))
+
+# %% ../../nbs/5_serving/16_service.ipynb #72978c6f
+def ask_rank(service: Service, request, request_id: str) -> Answer:
+    "The answer to `POST /v1/rank`."
+    engine, now = service.ready(), time.time()
+    service.pressure.level(request.timeout_ms)
+    known = request.consent and (request.visitor_id or request.user_id)
+    if known: request = completed(request, service.store.read(request.visitor_id, request.user_id, request.session_id, now), now, False)
+    return rank(engine, request, request.candidates, request_id)
+
+def ask_similar(service: Service, question, request_id: str) -> Answer:
+    "The answer to `POST /v1/similar`."
+    engine = service.ready()
+    service.pressure.level(None)
+    if question.item_id not in engine.bundle.item_codes: raise Refused(404, "not_found", "no such item")
+    return similar(engine, question.item_id, question.n, question.filter, request_id)
 
 # %% ../../nbs/5_serving/16_service.ipynb #b80b4751
 async def post(service: Service, raw: list, now: float) -> EventsAnswer:
@@ -257,7 +333,9 @@ async def post(service: Service, raw: list, now: float) -> EventsAnswer:
     good, rejected = check_arrivals(raw, now, service.settings.data.clock_skew_minutes * 60)
     try: receipt = await asyncio.wrap_future(service.log.submit(good, now))
     except RecsysError as e: raise Refused(503, "not_safe", f"the events could not be made safe, send them again: {e.what}", **{"retry-after": "5"}) from None
-    try: service.store.apply(receipt.accepted)
+    try:
+        if isinstance(service.store, LocalStore): service.store.apply(receipt.accepted)
+        else: await asyncio.to_thread(service.store.apply, receipt.accepted)
     except RecsysError as e: log.warning("%d events are in the log but not in the state: %s", len(receipt.accepted), e)
     posted(service.meter, len(receipt.accepted), receipt.duplicates, len(rejected))
     return EventsAnswer(len(receipt.accepted), receipt.duplicates, rejected, round((time.perf_counter() - begin) * 1e3, 3))
@@ -299,4 +377,4 @@ def explain(service: Service, request_id: str) -> tuple[Engine, Request, int]:
     if found is None: raise Refused(404, "not_found", "no list with this id was given lately")
     engine = next((e for e in (service.engine, service.before) if e and e.bundle.manifest["version"] == found.model_version), None)
     if engine is None: raise Refused(404, "not_found", f"the list was made by version {found.model_version}, which is no longer loaded")
-    return engine, msgspec.structs.replace(found.request, explain=True), found.level if found.level in (1, 2, 4) else 0
+    return engine, found.request, found.asked
