@@ -150,7 +150,7 @@ def test_a_new_item_comes_by_content_alone_and_each_source_says_so():
 
 def test_neighbours_without_a_score_propose_nothing_and_are_met_once(tmp_path):
     "Many more neighbours than items, all of them with a score of 0: each would once have been noted as new again and again, beyond the end of the notes."
-    n, k = 12, 60
+    n, k = 30, 90
     s = tables(n=n, m=4)
     near = np.tile(np.arange(n, dtype=np.int32), (n, k // n))
     zero = np.zeros((n, k), np.float32)
