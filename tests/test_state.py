@@ -477,7 +477,7 @@ def test_a_server_that_goes_and_comes_back(tmp_path, caplog):
         server.process.send_signal(signal.SIGCONT); quick.close()
         assert set(s.read("v1", None, None, NOW).recent) == {"tea", "cup"}
     assert s.read("v1", None, None, NOW).degraded
-    assert len([r for r in caplog.records if "does not answer" in r.message]) == 3    # one line for each failure, none for a request at rest
+    assert len([r for r in caplog.records if "does not answer" in r.getMessage()]) == 3    # one line for each failure, none for a request at rest
     s.close()
 
 @pytest.mark.skipif(REDIS is None, reason="redis-server is missing: apt-get install redis-server")
