@@ -236,7 +236,7 @@ def killed_while_posting(shop, kills, whole=False):
             threads = [threading.Thread(target=poster, args=(port, stop, safe)) for _ in range(3)]
             for t in threads: t.start()
             for _ in range(1 if whole else kills):
-                time.sleep(float(rng.uniform(.3, 1.)))
+                time.sleep(float(rng.uniform(.3, 1.)) + (6 if not whole and kills > 2 else 0)) # granian ends a server whose new worker dies within 5.5 s
                 if whole: process.kill()
                 else:
                     until(lambda: len(workers_of(process.pid)) == 2, 60)
