@@ -108,8 +108,9 @@ class Served(Struct, omit_defaults=True):
 def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float) -> bytes:
     "The line for the log; `rows` of the engine's memory whose features are kept, or None."
     items = [(s.item_id, s.score, s.propensity, s.source) for s in answer.items]
-    slim = msgspec.structs.replace(request, impressions=[])
-    return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, request.visitor_id, request.user_id, items,
+    nobody = {} if request.consent else dict(user_id=None, visitor_id=None, session_id=None) # who did not consent is not remembered here either
+    slim = msgspec.structs.replace(request, impressions=[], **nobody)
+    return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, slim.visitor_id, slim.user_id, items,
                                       [] if rows is None else engine.work.x[rows].tolist()))
 
 # %% ../../nbs/5_serving/16_service.ipynb #a96c4d0c
@@ -121,7 +122,7 @@ class Service:
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
         self.engine, self.before, self.failed, self.live, self.version = None, None, ("", 0.0), {}, 0
-        self.lock, self.explaining = threading.Lock(), asyncio.Semaphore(1)
+        self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
 
     def ready(self) -> Engine:
@@ -175,19 +176,21 @@ def _sellable(bundle: Bundle, live: dict, now: datetime, out: np.ndarray | None 
 
 def _stock(service: "Service", live: dict, engine: Engine):
     "Let `engine` know what was said of some items."
-    engine.sold = _sellable(engine.bundle, live, datetime.now(timezone.utc), engine.sold.copy())
-    refresh(service, engine)
+    with service.lock:
+        engine.sold = _sellable(engine.bundle, live, datetime.now(timezone.utc), engine.sold.copy())
+        refresh(service, engine)
 
 def refresh(service: Service, engine: Engine):
-    "Give `engine` today's stock and demand."
-    state, now = engine.bundle.state, time.time()
-    trending = np.array(state.trending)
-    if service.counted == engine.bundle.folder and len(trending):
-        usual = np.asarray(state.item_x[:, USUAL], dtype=float)
-        trending = joined(rising(service.counters.at(now), usual, len(trending)), trending, len(trending))
-    sellable = engine.sold.copy()
-    for a in (sellable, trending): a.flags.writeable = False # one type for the compiled code
-    engine.refresh(state._replace(sellable=sellable, trending=trending))
+    "Give `engine` today's stock and demand; one thread at a time, or an older stock could be put in place of a newer one."
+    with service.lock:
+        state, now = engine.bundle.state, time.time()
+        trending = np.array(state.trending)
+        if service.counted == engine.bundle.folder and len(trending):
+            usual = np.asarray(state.item_x[:, USUAL], dtype=float)
+            trending = joined(rising(service.counters.at(now), usual, len(trending)), trending, len(trending))
+        sellable = engine.sold.copy()
+        for a in (sellable, trending): a.flags.writeable = False # one type for the compiled code
+        engine.refresh(state._replace(sellable=sellable, trending=trending))
 
 # %% ../../nbs/5_serving/16_service.ipynb #e69a5e8f
 RECENT = 20_000 # events at the end of the log that are counted, and applied once more at a start
