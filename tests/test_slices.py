@@ -15,6 +15,7 @@ from recsys.evaluation.slices import Slice, by_category, by_device, by_novelty, 
 from recsys.features.point_in_time import PAIR
 from recsys.operations.report import sortable, tame
 from recsys.ranking.rows import Cases, Rows, make_cases
+from recsys.candidates.blend import with_told
 from recsys.ranking.time_guard import PROMOTED, OF_SESSIONS, STATIC, _AGED, check_cases, check_tables
 from recsys.ranking.validation import load_validation, save_validation, top_lists
 
@@ -133,7 +134,7 @@ def honest():
     before = pairs + [(0, i) for i in range(1, 50)]; kind = ["purchase"] * len(pairs) + ["view"] * 49
     after = [(15 + i % 5, 50 + i % 10) for i in range(10)] + [(3, 40)]
     lines = pl.DataFrame(dict(user=[u for u, _ in before + after], item=[i for _, i in before + after], type=kind + ["purchase"] * len(after), known=[MOMENT - 5] * len(before) + [MOMENT] * len(after)))
-    return type(t)(**f), lines.with_columns(ts="known")
+    return with_told(type(t)(**f), 9), lines.with_columns(ts="known")
 
 def test_honest_tables_pass_and_the_witnesses_are_counted(honest):
     said = check_tables(*honest, MOMENT, "purchase", "day 1")
@@ -142,7 +143,7 @@ def test_honest_tables_pass_and_the_witnesses_are_counted(honest):
 def planted(state, name):
     "`state` with a trace of the future in one array."
     a = np.array(getattr(state, name))
-    if name.endswith(("_ids", "user_near", "user_close", "segment_items")): a[2, 0] = 57
+    if name.endswith(("_ids", "user_near", "user_close", "segment_items")) and name != "user_alike_ids": a[2, 0] = 57
     elif name in ("trending", "past_item"): a[0] = 57
     elif name in ("bought_key", "recent_key"): a[0] = 40
     elif name in ("bought_x", "kind_x", "department_x"): a[1, PAIR.index("last")] = -.5

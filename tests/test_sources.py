@@ -6,7 +6,7 @@ from hypothesis import given, settings as hypo, strategies as st
 from msgspec.structs import replace
 from scipy.stats import chi2_contingency
 
-from recsys.candidates.blend import State, clear, gather, load_state, scratch_for
+from recsys.candidates.blend import State, with_told, clear, gather, load_state, scratch_for
 from recsys.candidates.build import UNORDERED, factored_tables, past_tables
 from recsys.candidates.complements import complements, log_likelihood_ratio
 from recsys.candidates.content import catalogue_attributes, content_links
@@ -117,7 +117,7 @@ def candidates(state: State, user: int, cart: list[int]) -> dict[int, set[str]]:
     n = gather(state, scratch, user, np.array(cart, np.int32), none, ids, ranks, lists)
     found = {int(i): {s for s, r in zip(SOURCES, row) if r < ABSENT} for i, row in zip(ids[:n], ranks[:n])}
     clear(scratch)
-    assert not any(a.any() for name, a in scratch._asdict().items() if name not in ("key", "code", "worth"))
+    assert not any(a.any() for name, a in scratch._asdict().items() if name not in ("key", "code", "worth", "near", "match", "similar", "weight"))
     return found
 
 def with_sources() -> State:
@@ -130,8 +130,8 @@ def with_sources() -> State:
     past = sequences_of(np.repeat(np.arange(60), 5), rng.integers(1, N_ITEMS, 300))
     past.item[:2] = 7
     index = {f"past_{name}": a for name, a in session_index(past, N_ITEMS, UNORDERED)._asdict().items()}
-    return s._replace(**index, sellable=np.ones(N_ITEMS, np.uint8), complement_ids=ci, complement_scores=cs, content_ids=xi, content_scores=xs, trending=np.array([5, 3, -1], np.int32),
-                      user_factor=rng.random((N_USERS, 4)).astype(np.float32), item_factor=rng.random((N_ITEMS, 4)).astype(np.float32), user_close=rng.integers(1, N_ITEMS, (N_USERS, 9)).astype(np.int32))
+    return with_told(s._replace(**index, sellable=np.ones(N_ITEMS, np.uint8), complement_ids=ci, complement_scores=cs, content_ids=xi, content_scores=xs, trending=np.array([5, 3, -1], np.int32),
+                      user_factor=rng.random((N_USERS, 4)).astype(np.float32), item_factor=rng.random((N_ITEMS, 4)).astype(np.float32), user_close=rng.integers(1, N_ITEMS, (N_USERS, 9)).astype(np.int32)), 15)
 
 def past_votes(state: State, cart: list[int]) -> list[int]:
     "The same sessions asked by the room's own search; what is in the cart falls out."
@@ -154,7 +154,7 @@ def test_neighbours_without_a_score_propose_nothing_and_are_met_once(tmp_path):
     s = tables(n=n, m=4)
     near = np.tile(np.arange(n, dtype=np.int32), (n, k // n))
     zero = np.zeros((n, k), np.float32)
-    s = s._replace(together_ids=near, together_scores=zero, cart_ids=near, cart_scores=zero, follow_ids=near, follow_scores=zero)
+    s = with_told(s._replace(together_ids=near, together_scores=zero, cart_ids=near, cart_scores=zero, follow_ids=near, follow_scores=zero), 12)
     told = {name for user in range(-1, 4) for names in candidates(s, user, list(range(6))).values() for name in names}
     assert not told & {"together", "vector_cart", "follow"} and "segment" in told
 
@@ -164,14 +164,14 @@ def test_a_version_from_before_these_sources_opens_and_half_a_source_does_not(tm
     assert {s for names in candidates(load_state(tmp_path/"old"), 1, [7]).values() for s in names} <= {"repeat", "together", "follow", "vector", "vector_cart", "segment"}
     publish(tmp_path, "v1", with_sources()); promote(tmp_path/"bundles", "v1"); open_bundle(tmp_path/"bundles"/"v1")
     none = np.zeros((0, 0), np.float32)
-    for k, broken in enumerate((dict(user_factor=none), dict(item_factor=none), dict(content_scores=none), dict(complement_ids=none.astype(np.int32)), dict(trending=np.array([N_ITEMS], np.int32)), dict(past_item=np.full(300, N_ITEMS, np.int32)), dict(past_trust=np.zeros(3, np.float32)), dict(past_click=np.full(300, 300)), dict(past_ptr=np.arange(61)),
+    for k, broken in enumerate((dict(user_factor=none), dict(item_factor=none), dict(content_scores=none), dict(complement_ids=none.astype(np.int32)), dict(trending=np.array([N_ITEMS], np.int32)), dict(past_item=np.full(300, N_ITEMS, np.int32)), dict(past_trust=np.zeros(3, np.float32)), dict(user_follow_sums=np.zeros((N_USERS, 3, 2), np.float32)), dict(user_alike_ids=np.full((N_USERS, 15), N_ITEMS, np.int32)), dict(past_click=np.full(300, 300)), dict(past_ptr=np.arange(61)),
                                 dict(user_close=np.full((N_USERS, 3), -2, np.int32)))):
         with pytest.raises(RecsysError, match=dict(item_factor="user_factor").get(*[next(iter(broken))] * 2).split("_")[0]): publish(tmp_path, f"w{k}", with_sources()._replace(**broken))
 
 def test_every_source_has_words_of_its_own():
-    x = np.zeros(len(NAMES), np.float32)
-    without = reasons_of(x, SOURCES, None); x[NAMES.index("cart_size")] = 2
-    assert len(set(without)) == len(SOURCES) and without[SOURCES.index("content")] != reasons_of(x, ("content",), None)[0]
+    without = reasons_of(SOURCES, None, False, True, (3, 4))
+    assert len(set(without)) == len(SOURCES) and without[SOURCES.index("content")] != reasons_of(("content",), None, True, True)[0]
+    assert "3 × before, last 4 days" in without[SOURCES.index("repeat")] and reasons_of(("repeat",), None, False, True) == ["bought before"]
 
 # ---- what the build and the pages make of them
 

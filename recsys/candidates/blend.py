@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'TOGETHER_MAX', 'FOLLOW', 'FOLLOW_MAX', 'NEAR', 'NEAR_MAX', 'COMPLEMENT', 'COMPLEMENT_MAX', 'CONTENT',
-           'CONTENT_MAX', 'FADE', 'State', 'load_state', 'Scratch', 'scratch_for', 'meet', 'gather', 'clear']
+           'CONTENT_MAX', 'FADE', 'State', 'load_state', 'Scratch', 'scratch_for', 'meet', 'clear', 'told_ahead',
+           'with_told', 'gather']
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #5b04612f
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..features.point_in_time import load_arrays
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #8e9b9111
 _NO_IDS, _NO_VECTORS, _NO_LIST = np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
+_NO_SUMS = np.zeros((0, 0, 0), np.float32)
 _NO_POINTERS, _NO_WEIGHTS = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 class State(NamedTuple):
@@ -43,8 +45,10 @@ class State(NamedTuple):
     complement_ids: np.ndarray = _NO_IDS; complement_scores: np.ndarray = _NO_VECTORS  # [I, K] bought with it, of other categories
     content_ids: np.ndarray = _NO_IDS; content_scores: np.ndarray = _NO_VECTORS        # [I, K] alike by what they say of themselves
     trending: np.ndarray = _NO_LIST                                       # [N] above their usual, most first
-    past_ptr: np.ndarray = _NO_POINTERS; past_item: np.ndarray = _NO_LIST; past_session: np.ndarray = _NO_LIST  # past sessions: `SessionIndex`, its fields in order
-    past_click_ptr: np.ndarray = _NO_POINTERS; past_click: np.ndarray = _NO_POINTERS; past_idf: np.ndarray = _NO_WEIGHTS; past_trust: np.ndarray = _NO_WEIGHTS
+    past_ptr: np.ndarray = _NO_POINTERS; past_item: np.ndarray = _NO_LIST; past_click_ptr: np.ndarray = _NO_POINTERS  # past sessions: `SessionIndex`, its fields in order
+    past_click: np.ndarray = _NO_POINTERS; past_session: np.ndarray = _NO_LIST; past_idf: np.ndarray = _NO_WEIGHTS; past_trust: np.ndarray = _NO_WEIGHTS
+    user_follow_ids: np.ndarray = _NO_IDS; user_follow_sums: np.ndarray = _NO_SUMS # [U, N] `follow` of the newest items added up; [U, N, 2] sums, strongest links
+    user_alike_ids: np.ndarray = _NO_IDS; user_alike_sums: np.ndarray = _NO_SUMS   # the same of `content`
 
 def load_state(*folders: str | Path) -> State:
     "The state whose arrays lie in `folders`, memory-mapped; `RecsysError` names what is missing."
@@ -57,7 +61,7 @@ def load_state(*folders: str | Path) -> State:
 TOGETHER, TOGETHER_MAX, FOLLOW, FOLLOW_MAX, NEAR, NEAR_MAX, COMPLEMENT, COMPLEMENT_MAX, CONTENT, CONTENT_MAX = range(10)  # columns of Scratch.sums: sums and strongest links
 
 class Scratch(NamedTuple):
-    "A worker's own space; all zero between requests, but for `key`, `code` and `worth`. I items; row 0 stands for no item."
+    "A worker's own space; all zero between requests, but for what is being sorted and the past sessions' `near`, `match`, `similar` and `weight`. I items; row 0 stands for no item."
     row: np.ndarray      # int32 [I]: the item's row below, 0: it was not met
     used: np.ndarray     # int64 [2]: rows in use; items that past sessions voted for
     item: np.ndarray     # int32 [I + 1]: of each row
@@ -66,14 +70,14 @@ class Scratch(NamedTuple):
     sums: np.ndarray     # float32 [I + 1, 10]
     key: np.ndarray; code: np.ndarray; worth: np.ndarray  # float32, int32, float32 [I]: what is being sorted
     voted: np.ndarray; heard: np.ndarray                  # float32, int32 [I]: votes by item, items that have some
-    similar: np.ndarray; match: np.ndarray; near_sessions: np.ndarray  # [sessions] float32, int64, int32
+    slot: np.ndarray; near: np.ndarray; match: np.ndarray; similar: np.ndarray; weight: np.ndarray # [sessions] int32, int32, int64, float32, float32: of `votes`
 
 def scratch_for(n_items: int, n_sessions: int = 0) -> Scratch:
     "Fresh scratch space; `n_sessions`: of the past, that the state holds. Of its pages only those exist that are used."
     i32, f32 = (lambda *s: np.zeros(s, np.int32)), (lambda *s: np.zeros(s, np.float32))
     rows = n_items + 1
     return Scratch(i32(n_items), np.zeros(2, np.int64), i32(rows), i32(rows), i32(rows), f32(rows, 10), f32(n_items), i32(n_items), f32(n_items), f32(n_items), i32(n_items),
-                   f32(n_sessions), np.zeros(n_sessions, np.int64), i32(n_sessions))
+                   i32(n_sessions), i32(n_sessions), np.zeros(n_sessions, np.int64), f32(n_sessions), f32(n_sessions))
 
 @njit(cache=True, nogil=True)
 def meet(rows, items, used, item):
@@ -84,6 +88,16 @@ def meet(rows, items, used, item):
         row = used[0]
         rows[item], items[row] = row, item
     return row
+
+@njit(cache=True, nogil=True)
+def clear(scratch):
+    "Wipe from `scratch` what a request left there."
+    rows, item, used, place, bought, sums, voted, heard = scratch.row, scratch.item, scratch.used, scratch.place, scratch.bought, scratch.sums, scratch.voted, scratch.heard
+    for row in range(1, used[0] + 1):
+        rows[item[row]] = item[row] = place[row] = bought[row] = 0
+        for column in range(sums.shape[1]): sums[row, column] = 0
+    for a in range(used[1]): voted[heard[a]] = heard[a] = 0
+    used[:] = 0
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #cbc16c86
 @njit(cache=True, nogil=True)
@@ -141,14 +155,47 @@ def _best(scratch, column, n, out):
     _top(key, code, n, scratch.worth, out)
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #223ffdef
+@njit(cache=True, nogil=True)
+def _told_ahead(scratch, ptr, key, ids, scores, out, sums):
+    for user in range(len(out)):
+        n = _spread(scratch, key[ptr[user]:ptr[user + 1]], np.float32(.97), ids, scores, 0)
+        _best(scratch, 0, n, out[user])
+        for k in range(min(n, out.shape[1])): sums[user, k] = scratch.sums[scratch.row[out[user, k]], :2]
+        clear(scratch)
+
+def told_ahead(recent_ptr: np.ndarray, recent_key: np.ndarray, # newest items of each user, newest first
+               ids: np.ndarray, scores: np.ndarray,            # neighbours of each item [I, K]
+               n: int) -> tuple[np.ndarray, np.ndarray]:       # the best `n` of each user int32 [U, n], -1 pads; their sums and strongest links float32 [U, n, 2]
+    "The neighbours of each user's newest items, added up."
+    out, sums = np.full((len(recent_ptr) - 1, n), -1, np.int32), np.zeros((len(recent_ptr) - 1, n, 2), np.float32)
+    if ids.shape[1]: _told_ahead(scratch_for(len(ids)), recent_ptr, recent_key, ids, scores, out, sums)
+    return out, sums
+
+def with_told(state: State, n: int) -> State:
+    "`state` with the best `n` of `follow` and `content` for each user."
+    told = lambda ids, scores: told_ahead(state.recent_ptr, state.recent_key, ids, scores, n)
+    (follow, sums), (alike, more) = told(state.follow_ids, state.follow_scores), told(state.content_ids, state.content_scores)
+    return state._replace(user_follow_ids=follow, user_follow_sums=sums, user_alike_ids=alike, user_alike_sums=more)
+
+@njit(cache=True, nogil=True)
+def _recall(scratch, items, told, column, out):
+    "A list that was told ahead, into `out`, and its sums into sums[:, column:column + 2]."
+    rows, item, used, sums = scratch.row, scratch.item, scratch.used, scratch.sums
+    for k in range(len(items)):
+        if items[k] < 0: break
+        row = meet(rows, item, used, items[k])
+        sums[row, column], sums[row, column + 1] = told[k, 0], told[k, 1]
+        if k < len(out): out[k] = items[k]
+
+# %% ../../nbs/3_candidates/06_blend.ipynb #97911602
 FADE = np.float32(.8) ** np.arange(20, dtype=np.float32)  # of an item by its distance from the end of the cart, and from the match in a past session
 
 @njit(cache=True, nogil=True)
 def _asked(state, scratch, cart):
     "Votes of the past sessions most like `cart` into scratch.voted; how many items."
     if len(state.past_ptr) == 0 or len(cart) == 0: return 0
-    past = SessionIndex(state.past_ptr, state.past_item, state.past_session, state.past_click_ptr, state.past_click, state.past_idf, state.past_trust)
-    return votes(past, cart, 0, len(cart), FADE, 500, 200, FADE, FADE, np.float32(0), scratch.voted, scratch.heard, scratch.similar, scratch.match, scratch.near_sessions)
+    past = SessionIndex(state.past_ptr, state.past_item, state.past_click_ptr, state.past_click, state.past_session, state.past_idf, state.past_trust)
+    return votes(past, cart, 0, len(cart), FADE, 500, 200, FADE, FADE, np.float32(0), scratch.voted, scratch.heard, scratch.slot, scratch.near, scratch.match, scratch.similar, scratch.weight)
 
 @njit(cache=True, nogil=True)
 def _votes(voted, heard, n, key):
@@ -162,20 +209,18 @@ def _copy(items, out):
 @njit(cache=True, nogil=True)
 def _lists(state, scratch, user, cart, lists):
     "Fill `lists` [11, per source] with item codes, best first, -1 pads."
-    whole, fading, newest = np.float32(1), np.float32(.97), cart[:0]
+    whole, few = np.float32(1), lists[8, :state.content_ids.shape[1]]
     if user >= 0:
-        newest = state.recent_key[state.recent_ptr[user]:state.recent_ptr[user + 1]]
         _copy(state.bought_key[state.bought_ptr[user]:state.bought_ptr[user + 1]], lists[0])
         _copy(state.user_near[user], lists[3])
         if state.user_close.shape[1]: _copy(state.user_close[user], lists[6])
-        _best(scratch, FOLLOW, _spread(scratch, newest, fading, state.follow_ids, state.follow_scores, FOLLOW), lists[2])
+        if state.user_follow_ids.shape[1]: _recall(scratch, state.user_follow_ids[user], state.user_follow_sums[user], FOLLOW, lists[2])
+        if state.user_alike_ids.shape[1] and len(cart) == 0: _recall(scratch, state.user_alike_ids[user], state.user_alike_sums[user], CONTENT, few)
     _best(scratch, TOGETHER, _spread(scratch, cart, whole, state.together_ids, state.together_scores, TOGETHER), lists[1])
     _best(scratch, NEAR, _spread(scratch, cart, whole, state.cart_ids, state.cart_scores, NEAR), lists[4])
     _copy(state.segment_items[state.segment[user] if user >= 0 else 0], lists[5])
     if state.complement_ids.shape[1]: _best(scratch, COMPLEMENT, _spread(scratch, cart, whole, state.complement_ids, state.complement_scores, COMPLEMENT), lists[7])
-    if state.content_ids.shape[1]:
-        n = _spread(scratch, cart, whole, state.content_ids, state.content_scores, CONTENT) if len(cart) else _spread(scratch, newest, fading, state.content_ids, state.content_scores, CONTENT)
-        _best(scratch, CONTENT, n, lists[8, :state.content_ids.shape[1]])
+    if len(cart) and len(few): _best(scratch, CONTENT, _spread(scratch, cart, whole, state.content_ids, state.content_scores, CONTENT), few)
     _copy(state.trending, lists[9])
     n = scratch.used[1] = _asked(state, scratch, cart)
     _votes(scratch.voted, scratch.heard, n, scratch.key)
@@ -217,13 +262,3 @@ def gather(state, scratch, user, cart, barred, ids, ranks, lists):
     for i in barred: place[meet(rows, item, used, i)] = -1
     _lists(state, scratch, user, cart, lists)
     return _take_turns(scratch, lists, state.sellable, ids, ranks)
-
-@njit(cache=True, nogil=True)
-def clear(scratch):
-    "Wipe from `scratch` what `gather` left there."
-    rows, item, used, place, bought, sums, voted, heard = scratch.row, scratch.item, scratch.used, scratch.place, scratch.bought, scratch.sums, scratch.voted, scratch.heard
-    for row in range(1, used[0] + 1):
-        rows[item[row]] = item[row] = place[row] = bought[row] = 0
-        for column in range(sums.shape[1]): sums[row, column] = 0
-    for a in range(used[1]): voted[heard[a]] = heard[a] = 0
-    used[:] = 0

@@ -13,6 +13,7 @@ from numba import njit, prange
 
 from .sequences import Cases, Sequences, part, prefixes, session_of
 from .transitions import Found, WORKERS, best, clicked_later, clicks_of, f32, vote
+from ..core.lanes import fetch
 
 # %% ../../nbs/3_candidates/11_session_knn.ipynb #163bbdde
 class Knn(NamedTuple):
@@ -34,57 +35,63 @@ class SessionIndex(NamedTuple):
     "Past sessions, by session and by item."
     ptr: np.ndarray       # int64 [sessions + 1]
     item: np.ndarray      # int32 [clicks]
-    session: np.ndarray   # int32 [clicks]
     click_ptr: np.ndarray # int64 [items + 1]
     click: np.ndarray     # int64 [clicks]: where each item was clicked, oldest first
+    session: np.ndarray   # int32 [clicks]: the session of each of these
     idf: np.ndarray       # float32 [items]: weight of a shared item
-    trust: np.ndarray     # float32 [sessions]: weight of a neighbour by age and size
+    trust: np.ndarray     # float32 [clicks]: the weight of that session by age and size
 
 def session_index(s: Sequences, n_items: int, how: Knn = Knn()) -> SessionIndex:
     "The index of `s` with the weights that do not depend on the question."
     n, count = len(s.ptr) - 1, np.bincount(s.item, minlength=n_items)
     age, size = np.arange(n)[::-1] / max(n, 1), np.diff(s.ptr)
-    idf = np.log1p(n / np.maximum(count, 1)) ** how.idf_power
-    return SessionIndex(s.ptr, s.item, session_of(s), *clicks_of(s, n_items), f32(idf), f32(.5 ** (age / how.half_life) / np.maximum(size, 1) ** how.size_power))
+    idf, (ptr, click) = np.log1p(n / np.maximum(count, 1)) ** how.idf_power, clicks_of(s, n_items)
+    session, trust = session_of(s)[click], .5 ** (age / how.half_life) / np.maximum(size, 1) ** how.size_power
+    return SessionIndex(s.ptr, s.item, ptr, click, session, f32(idf), f32(trust)[session])
 
 # %% ../../nbs/3_candidates/11_session_knn.ipynb #4bf87f92
 @njit(cache=True, nogil=True)
-def _similar(ix, item, start, end, decay, recent, sim, match, touched):
-    "Similarity of the past sessions to the prefix item[start:end] into `sim`, unless 0 listed in `touched`. How many."
-    m, session, click, click_ptr = 0, ix.session, ix.click, ix.click_ptr
+def _similar(ix, item, start, end, decay, recent, slot, near, match, sim, weight):
+    "The past sessions that share an item with the prefix item[start:end] into `near`, where, how much, and their weight, into `match`, `sim` and `weight`. How many."
+    m, session, click, click_ptr, idf, trust = 0, ix.session, ix.click, ix.click_ptr, ix.idf, ix.trust
     for p in range(end - 1, max(start, end - len(decay)) - 1, -1):
         if clicked_later(item, p, end): continue
         i, seen, last = item[p], 0, -1
-        w = decay[end - 1 - p] * ix.idf[i]
+        w = decay[end - 1 - p] * idf[i]
         for q in range(click_ptr[i + 1] - 1, click_ptr[i] - 1, -1):
-            s = session[click[q]]
+            s = session[q]
             if s == last: continue  # an earlier click of the same session
             last = s; seen += 1
             if seen > recent: break
-            if sim[s] == 0:
-                touched[m] = s; match[s] = click[q]; m += 1
-            sim[s] += w
+            a = slot[s] - 1
+            if a < 0:
+                a, slot[s] = m, m + 1
+                near[a], match[a], sim[a], weight[a] = s, click[q], 0, trust[q]
+                m += 1
+            sim[a] += w
     return m
 
 # %% ../../nbs/3_candidates/11_session_knn.ipynb #def1b128
 @njit(cache=True, nogil=True)
-def votes(ix, item, start, end, decay, recent, neighbours, ahead, behind, itself, total, touched, sim, match, near):
+def votes(ix, item, start, end, decay, recent, neighbours, ahead, behind, itself, total, touched, slot, near, match, sim, weight):
     """What the sessions most like the prefix item[start:end] vote for: into `total` float32 [items], listed in `touched` int32 [items]. How many.
 
-    sim float32, match int64, near int32 [sessions] are work space, zeros before and after."""
-    m, t, trust, ptr, clicked = _similar(ix, item, start, end, decay, recent, sim, match, near), 0, ix.trust, ix.ptr, ix.item
-    value = np.empty(m, np.float32)
+    slot int32, near int32, match int64, sim and weight float32 [sessions] are work space; `slot` is zero before and after."""
+    m, t, ptr, clicked = _similar(ix, item, start, end, decay, recent, slot, near, match, sim, weight), 0, ix.ptr, ix.item
     for a in range(m):
-        value[a] = sim[near[a]] * trust[near[a]]
-        sim[near[a]] = 0
-    least = np.partition(value, m - neighbours)[m - neighbours] if m > neighbours else np.float32(0)
+        slot[near[a]] = 0
+        sim[a] *= weight[a]
+    least, all, m = np.partition(sim[:m], m - neighbours)[m - neighbours] if m > neighbours else np.float32(0), m, 0
+    for a in range(all):
+        if sim[a] < least: continue
+        near[m], match[m], sim[m] = near[a], match[a], sim[a]
+        fetch(ptr, near[m]); fetch(clicked, match[m])
+        m += 1
     for a in range(m):
-        s, at = near[a], match[near[a]]
-        near[a] = match[s] = 0
-        if value[a] < least: continue
+        s, at = near[a], match[a]
         for p in range(ptr[s], ptr[s + 1]):
             j, d = clicked[p], p - at
-            w = value[a] * (itself if d == 0 else ahead[min(d, len(ahead)) - 1] if d > 0 else behind[min(-d, len(behind)) - 1])
+            w = sim[a] * (itself if d == 0 else ahead[min(d, len(ahead)) - 1] if d > 0 else behind[min(-d, len(behind)) - 1])
             if w <= 0: continue
             if total[j] == 0:
                 touched[t] = j; t += 1
@@ -97,9 +104,9 @@ def _knn(ix, item, start, end, decay, recent, neighbours, ahead, behind, itself,
     ids, scores = np.full((len(start), k), -1, np.int32), np.zeros((len(start), k), np.float32)
     for worker in prange(WORKERS):
         total, touched = np.zeros(n, np.float32), np.empty(n, np.int32)
-        sim, match, near = np.zeros(ns, np.float32), np.zeros(ns, np.int64), np.zeros(ns, np.int32)
+        slot, near, match, sim, weight = np.zeros(ns, np.int32), np.empty(ns, np.int32), np.empty(ns, np.int64), np.empty(ns, np.float32), np.empty(ns, np.float32)
         for c in range(worker, len(start), WORKERS):
-            t = votes(ix, item, start[c], end[c], decay, recent, neighbours, ahead, behind, itself, total, touched, sim, match, near)
+            t = votes(ix, item, start[c], end[c], decay, recent, neighbours, ahead, behind, itself, total, touched, slot, near, match, sim, weight)
             best(total, touched, t, k, ids[c], scores[c])
     return ids, scores
 

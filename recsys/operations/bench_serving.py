@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import psutil
 
-from ..candidates.blend import State
+from ..candidates.blend import State, with_told
 from ..candidates.session_knn import session_index
 from ..candidates.sequences import Sequences
 from ..core.files import write_json
@@ -57,9 +57,9 @@ def simulated_state(n: int, m: int, seed: int, k: int = 50, wide: int = 100, d: 
     kinds, departments = (_pairs(rng, np.minimum(sizes, most), lambda s: rng.integers(0, of, s), True) for most, of in ((20, groups), (10, 30)))
     ends = np.cumsum([0, *rng.geometric(1 / 5, sessions)]).astype(np.int64)
     past = session_index(Sequences(ends, draw(ends[-1])), n)
-    return State(f32(n, len(ITEM)) * 9, f32(m, len(USER)) * 9, np.stack([group, group // 4, group % 30], 1), *bought, *kinds, *departments, *recent[:2], sizes.astype(np.float32) * 2,
+    return with_told(State(f32(n, len(ITEM)) * 9, f32(m, len(USER)) * 9, np.stack([group, group // 4, group % 30], 1), *bought, *kinds, *departments, *recent[:2], sizes.astype(np.float32) * 2,
                  near(), fall(), near(), fall(), unit(n), unit(n), unit(m), near(), fall(), draw(m, wide), rng.integers(0, 17, m).astype(np.int32), np.stack([draw(150) for _ in range(17)]),
-                 (rng.random(n) > .05).astype(np.uint8), unit(m), unit(n), draw(m, wide), near(), fall(), near(), fall(), draw(wide), *past)
+                 (rng.random(n) > .05).astype(np.uint8), unit(m), unit(n), draw(m, wide), near(), fall(), near()[:, :30].copy(), fall()[:, :30].copy(), draw(wide), *past), wide)
 
 # %% ../../nbs/9_operations/17_bench_serving.ipynb #44b5a1d3
 def _asked(rng, n: int, m: int, count: int) -> Cases:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from ..candidates.blend import clear, gather, meet
-from .rows import _fill, item_columns
+from .rows import _fill, own_columns
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #9ee06112
 @njit(cache=True, nogil=True)
@@ -61,12 +61,12 @@ NO_SHOWINGS = Showings(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(
 @njit(cache=True, nogil=True)
 def weariness(ids, showings, shown, days, tired):
     "What fatigue takes from each of `ids` [c], in relevance."
-    out = np.zeros(len(ids))
-    for c in range(len(ids)):
+    out, item, age, acted = np.zeros(len(ids)), showings.item, showings.age, showings.clicked
+    for c in range(len(ids) if len(item) and tired > 0 else 0):
         count, clicked = 0, False
-        for m in range(len(showings.item)):
-            if showings.item[m] != ids[c] or showings.age[m] > days: continue
-            count += 1; clicked |= showings.clicked[m]
+        for m in range(len(item)):
+            if item[m] != ids[c] or age[m] > days: continue
+            count += 1; clicked |= acted[m]
         if count >= shown and not clicked: out[c] = tired * (count - shown + 1)
     return out
 
@@ -75,7 +75,7 @@ def weariness(ids, showings, shown, days, tired):
 def _units(ids, vectors):
     "Vectors of `ids` at length 1, float32 [d, c], and whether each has one, bool [c]."
     units, some = np.zeros((vectors.shape[1], len(ids)), np.float32), np.zeros(len(ids), np.bool_)
-    for c in range(len(ids)):
+    for c in range(len(ids) if vectors.shape[1] else 0):
         v = vectors[ids[c]]
         length = np.sqrt((v * v).sum())
         some[c] = length > 0
@@ -204,6 +204,13 @@ def _next(ids, base, walk, taken, used, policy):
     return np.int64(-1), 0
 
 @njit(cache=True, nogil=True)
+def _falling(base):
+    "The candidates by falling `base` [c]; without boosts and fatigue they are that already."
+    for c in range(1, len(base)):
+        if base[c] > base[c - 1]: return np.argsort(-base, kind="mergesort")
+    return np.arange(len(base))
+
+@njit(cache=True, nogil=True)
 def _next_held(held, s):
     "The first candidate held for a place after `s`, no longer held then; -1: none."
     for t in range(s + 1, len(held)):
@@ -221,10 +228,11 @@ def arrange(ids, scores, vectors, category, policy, showings, seed, out):
     n, order = min(len(out.row), len(ids)), np.argsort(-scores, kind="mergesort")  # ties: the earlier candidate
     ids, tired = ids[order], weariness(ids[order], showings, policy.shown, policy.days, policy.tired)
     base, near, value = relevance(scores[order]) - tired, np.zeros(len(ids)), np.zeros(len(ids))
-    for c in range(len(ids)): base[c] = (1 - policy.diversity) * (base[c] + policy.lift[ids[c]])
+    lift, whole = policy.lift, 1 - policy.diversity
+    for c in range(len(ids)): base[c] = whole * (base[c] + lift[ids[c]])
     taken, used = np.zeros(len(ids), np.bool_), np.zeros((len(policy.most), policy.groups), np.int32)
     units, some = _units(ids, vectors[:, :vectors.shape[1] if policy.diversity > 0 and policy.by_vector else 0])
-    held, walk, plain = _reserve(ids, policy, used, n), np.argsort(-base, kind="mergesort"), policy.diversity == 0
+    held, walk, plain = _reserve(ids, policy, used, n), _falling(base), policy.diversity == 0
     for c in held:
         if c >= 0: taken[c] = True
         if c >= 0 and policy.diversity > 0: _approach(near, c, ids, units, some, category, policy.by_vector)
@@ -276,7 +284,7 @@ def proposed(state, work, user, cart, barred, pin):
 
 @njit(cache=True, nogil=True)
 def gathered(state, work, user, cart, barred, pin):
-    "The candidates, with the items `pin`, and all of their features but the item's own; how many."
+    "The candidates, with the items `pin`, and all of their features but the item's and the user's own; how many."
     n = _join(work, gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists), pin, state.sellable)
     _fill(state, work, user, cart, work.ids, work.ranks, n, work.x)
     clear(work.scratch)
@@ -288,6 +296,6 @@ def pinned_rows(state, work, user, cart, barred, pin):
     n = gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists)
     n = _join(work, n, pin, state.sellable)
     _fill(state, work, user, cart, work.ids, work.ranks, n, work.x)
-    item_columns(state.item_x, work.ids, range(n), work.x)
+    own_columns(state, user, work.ids, range(n), work.x)
     clear(work.scratch)
     return n

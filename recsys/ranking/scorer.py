@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..core.lanes import cut, fetch_row, lowest
+from ..core.lanes import cut, fetch_row, lowest, turn
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #dc5a9268
 class Trees(NamedTuple):
@@ -20,7 +20,7 @@ class Trees(NamedTuple):
     threshold: np.ndarray # float32 [N], growing within a column
     tree: np.ndarray      # int32 [N]
     mask: np.ndarray      # uint32 (L ≤ 32) or uint64 [N]: the leaves that are left when the value is above the threshold
-    start: np.ndarray     # the same [T]: the leaves that are possible before any feature is known
+    start: np.ndarray     # the same [T']: the leaves that are possible before any feature is known; T' is T, filled up to a multiple of 16
     value: np.ndarray     # float64 [T, L]: of each leaf, from left to right
 
 MOST_LEAVES = 64
@@ -65,7 +65,7 @@ def trees_of(model: str, columns: int) -> Trees | None:
     if most > MOST_LEAVES: return None
     word = np.uint32 if most <= 32 else np.uint64
     full = int(np.iinfo(word).max)
-    start = np.full(len(trees), full, word)
+    start = np.full(-(-len(trees) // 16) * 16, full, word)
     for column, threshold, tree, left in nodes:
         if column >= columns and threshold < 1: start[tree] &= word(full ^ left)
     nodes = sorted(n for n in nodes if n[0] < columns)
@@ -84,7 +84,7 @@ def _item_words(trees, item_x, out):
                 out[i, trees.tree[a]] &= trees.mask[a]
 
 def item_words(trees: Trees, item_x: np.ndarray) -> np.ndarray:
-    "Words [I, T]: what the features of each item, `item_x` float32 [I, own], leave of each tree. They are the first columns of the ranker."
+    "Words [I, T']: what the features of each item, `item_x` float32 [I, own], leave of each tree. They are the first columns of the ranker."
     out = np.empty((len(item_x), len(trees.start)), trees.start.dtype)
     _item_words(trees, item_x, out)
     return out
@@ -92,37 +92,40 @@ def item_words(trees: Trees, item_x: np.ndarray) -> np.ndarray:
 # %% ../../nbs/4_ranking/15_scorer.ipynb #11e90cbb
 class Desk(NamedTuple):
     "Work space of the scorer."
-    alive: np.ndarray  # words [T × 16]
-    shared: np.ndarray # words [T]
-    value: np.ndarray  # float32 [C × 16]
+    alive: np.ndarray  # words [T' × 16]
+    shared: np.ndarray # words [T']
+    value: np.ndarray  # float32 [16]: of one column
+    start: np.ndarray  # int64 [16]: where the words of each row begin
 
 def desk_for(trees: Trees) -> Desk:
     "Work space for `trees`."
-    return Desk(np.zeros(len(trees.start) * 16, trees.start.dtype), np.zeros_like(trees.start), np.zeros((len(trees.ptr) - 1) * 16, np.float32))
+    return Desk(np.zeros(len(trees.start) * 16, trees.start.dtype), np.zeros_like(trees.start), np.zeros(16, np.float32), np.zeros(16, np.int64))
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #558762eb
 @njit(cache=True, nogil=True)
 def _shared(trees, x, begin, end, words):
     "What the columns [begin, end), which are the same in all rows, leave of each tree, into `words`."
+    ptr, threshold, tree, mask = trees.ptr, trees.threshold, trees.tree, trees.mask
     words[:] = np.iinfo(words.dtype).max
     for column in range(begin, end):
-        for a in range(trees.ptr[column], trees.ptr[column + 1]):
-            if x[0, column] <= trees.threshold[a]: break
-            words[trees.tree[a]] &= trees.mask[a]
+        for a in range(ptr[column], ptr[column + 1]):
+            if x[0, column] <= threshold[a]: break
+            words[tree[a]] &= mask[a]
 
 @njit(cache=True, nogil=True)
 def _block(trees, x, r, m, begin, end, desk):
     "Rule out leaves of rows r … r + m by the columns [begin, end)."
+    ptr, threshold, tree, mask, values, alive = trees.ptr, trees.threshold, trees.tree, trees.mask, desk.value, desk.alive
     for column in range(begin, end):
-        if trees.ptr[column] == trees.ptr[column + 1]: continue
-        high, at = x[r, column], column * 16
+        if ptr[column] == ptr[column + 1]: continue
+        high = x[r, column]
         for b in range(m):
             value = x[r + b, column]
-            desk.value[at + b] = value
+            values[b] = value
             high = value if value > high else high
-        for a in range(trees.ptr[column], trees.ptr[column + 1]):
-            if high <= trees.threshold[a]: break
-            cut(desk.value, at, trees.threshold[a], desk.alive, trees.tree[a] * 16, trees.mask[a])
+        for a in range(ptr[column], ptr[column + 1]):
+            if high <= threshold[a]: break
+            cut(values, 0, threshold[a], alive, tree[a] * 16, mask[a])
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #db76b628
 @njit(cache=True, nogil=True)
@@ -131,14 +134,14 @@ def score(trees, words, desk, ids, x, n, own, shared, out):
 
     `words`: of `item_words`, which stand for the columns [0, own); the columns [own, shared) are the same in all rows."""
     if n: _shared(trees, x, own, shared, desk.shared)
+    leaves, kept, alive, start, wide = trees.value, desk.shared, desk.alive, desk.start, words.shape[1]
     for c in range(min(n, 16)): fetch_row(words, ids[c])
     for r in range(0, n, 16):
         m = min(16, n - r)
         for c in range(r + 16, min(n, r + 32)): fetch_row(words, ids[c])
-        for b in range(m):
-            row = words[ids[r + b]]
-            for t in range(len(row)): desk.alive[t * 16 + b] = row[t] & desk.shared[t]
+        for b in range(16): start[b] = ids[r + min(b, m - 1)] * wide
+        for t in range(0, wide, 16): turn(words, start, t, kept, alive)
         _block(trees, x, r, m, shared, x.shape[1], desk)
         out[r:r + m] = 0
-        for t in range(len(trees.start)):
-            for b in range(m): out[r + b] += trees.value[t, lowest(desk.alive[t * 16 + b])]
+        for t in range(len(leaves)):
+            for b in range(m): out[r + b] += leaves[t, lowest(alive[t * 16 + b])]

@@ -88,9 +88,10 @@ def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker:
 def _optional(s: State, n: int, m: int) -> dict[str, tuple]:
     "The same for the sources that a version may be without: all tables of one are there, or none."
     factor = dict(user_factor=(m, s.item_factor.shape[-1]), item_factor=(n, s.item_factor.shape[-1]), user_close=(m, None))
-    past = dict(past_ptr=(None,), past_item=(None,), past_session=(len(s.past_item),), past_click_ptr=(n + 1,), past_click=(len(s.past_item),), past_idf=(n,), past_trust=(max(0, len(s.past_ptr) - 1),))
+    past = dict(past_ptr=(None,), past_item=(None,), past_session=(len(s.past_item),), past_click_ptr=(n + 1,), past_click=(len(s.past_item),), past_idf=(n,), past_trust=(len(s.past_item),))
     linked = [{f"{source}_{part}": (n, getattr(s, f"{source}_ids").shape[-1]) for part in ("ids", "scores")} for source in ("complement", "content")]
-    return {name: shape for tables in (factor, past, *linked) if any(any(getattr(s, t).shape) for t in tables) for name, shape in tables.items()}
+    told = [{f"{name}_ids": (m, None), f"{name}_sums": (m, getattr(s, f"{name}_ids").shape[-1], 2)} for name in ("user_follow", "user_alike")]
+    return {name: shape for tables in (factor, past, *linked, *told) if any(any(getattr(s, t).shape) for t in tables) for name, shape in tables.items()}
 
 def _shapes(b: Bundle) -> dict[str, tuple]:
     "The shape that every table must have; None: any length."
@@ -114,10 +115,10 @@ def _check(b: Bundle):
         ptr = getattr(s, pointers)
         if not len(ptr) and pointers in State._field_defaults: continue
         need(ptr[0] == 0 and (np.diff(ptr) >= 0).all() and ptr[-1] == len(getattr(s, rows)), pointers, "does not lead through the rows")
-    for name, most in (("past_session", len(s.past_trust)), ("past_click", len(s.past_item))):
+    for name, most in (("past_session", len(s.past_ptr) - 1), ("past_click", len(s.past_item))):
         need(not len(a := getattr(s, name)) or (a.min() >= 0 and a.max() < most), name, "names rows that do not exist")
     for name, low in (("bought_key", 0), ("recent_key", 0), ("together_ids", -1), ("follow_ids", -1), ("cart_ids", -1), ("user_near", -1), ("segment_items", -1),
-                      ("user_close", -1), ("complement_ids", -1), ("content_ids", -1), ("trending", -1), ("past_item", 0)):
+                      ("user_close", -1), ("complement_ids", -1), ("content_ids", -1), ("user_follow_ids", -1), ("user_alike_ids", -1), ("trending", -1), ("past_item", 0)):
         a = getattr(s, name)
         need(not a.size or (a.min() >= low and a.max() < n), name, "names items that do not exist")
     need(b.words is None or (b.words.ndim, len(b.words)) == (2, n), "words", "does not have a row for each item")
