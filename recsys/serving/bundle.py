@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from ..candidates.blend import State, load_state
+from ..core.codes import Codes, write_codes
 from ..core.files import atomic_dir, file_digest, full_disk_is_clear, read_json, write_json
 from ..core.settings import RecsysError
 from ..features.definitions import ITEM, NAMES, USER
@@ -31,7 +32,7 @@ class Bundle(NamedTuple):
     state: State             # memory-mapped tables
     ranker: object           # lightgbm.Booster
     items: pl.DataFrame      # item_id, title, category, brand, price, stock, attributes; the row is the item's code
-    user_codes: dict         # user id → code
+    user_codes: Codes        # user id → code; a mapped table, since users are many and dictionaries large
     item_codes: dict         # item id → code
     rules: Rules = NO_RULES  # the shop's
     calibration: np.ndarray | None = None # float64 [2, 2, KNOTS]: from scores to probabilities; None: a version from before there were any
@@ -78,6 +79,7 @@ def write_bundle(bundles: str | Path, version: str, state_folders: list, ranker:
         with full_disk_is_clear(target):
             if rules: read_rules(rules); (tmp/"rules.toml").write_bytes(Path(rules).read_bytes())  # a copy: the original will be edited
             items.write_parquet(tmp/"items.parquet"); pl.DataFrame({"user_id": users}).write_parquet(tmp/"users.parquet")
+            write_codes(tmp, "users", users.to_list())
             _write_words(tmp)
         write_json(tmp/"manifest.json", {**manifest, "version": version, "files": _digests(tmp)})
         _check(open_bundle(tmp))
@@ -129,12 +131,11 @@ def open_bundle(folder: str | Path) -> Bundle:
     "The bundle in `folder`, tables memory-mapped; `RecsysError` if it is not whole."
     folder = Path(folder).resolve()
     manifest = read_json(folder/"manifest.json")
-    try: items, users = pl.read_parquet(folder/"items.parquet"), pl.read_parquet(folder/"users.parquet")["user_id"]; ids = items["item_id"]
+    try: items = pl.read_parquet(folder/"items.parquet"); ids = items["item_id"].to_list()
     except (pl.exceptions.PolarsError, OSError) as e: raise RecsysError(f"broken table ({e})", str(folder), "publish again, or roll back") from None
-    codes = lambda ids: {v: i for i, v in enumerate(ids)}
     curves = load_calibration(folder/"calibration.npy") if (folder/"calibration.npy").exists() else None
     rules = read_rules(folder/"rules.toml") if (folder/"rules.toml").exists() else NO_RULES
-    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, codes(users), codes(ids), rules, curves, load_arrays(folder).get("words"))
+    return Bundle(folder, manifest, load_state(folder/"state"), load_ranker(folder/"ranker.txt"), items, Codes(folder, "users"), dict(zip(ids, range(len(ids)))), rules, curves, load_arrays(folder).get("words"))
 
 def promote(bundles: str | Path, version: str):
     "Make `version` the one that `current` names, atomically."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Id', 'MOST', 'Ids', 'REPEAT', 'KIN', 'Impression', 'Request', 'Suggestion', 'Answer', 'Scorer', 'HandleType',
-           'Handle', 'first', 'tell', 'Engine', 'rank_ruled', 'rank_cases', 'reasons_of', 'contributions_of',
-           'recommend', 'rank', 'similar']
+           'Handle', 'handle_of', 'first', 'tell', 'Engine', 'rank_ruled', 'rank_cases', 'reasons_of',
+           'contributions_of', 'recommend', 'rank', 'similar']
 
 # %% ../../nbs/5_serving/02_engine.ipynb #061b7e73
 import time
@@ -93,9 +93,13 @@ class HandleType(types.StructRef):
 
 class Handle(structref.StructRefProxy):
     "The tables, the rules, a worker's memory, the ranker, scores float64 [budget], places for a list, when each stage began, int64 [4], and what `tell` says, float64 [places, 7]."
-    def __new__(cls, *fields): return structref.StructRefProxy.__new__(cls, *fields)
 
 structref.define_proxy(Handle, HandleType, ["state", "policy", "work", "scorer", "scores", "places", "clock", "told"])
+
+@njit(cache=True)
+def handle_of(state, policy, work, scorer, scores, places, clock, told):
+    "A handle. The class makes one as well, but would be compiled anew in every process: seconds, and a hundred megabytes."
+    return Handle(state, policy, work, scorer, scores, places, clock, told)
 
 @njit(cache=True, nogil=True)
 def first(scores, n, out):
@@ -192,11 +196,11 @@ class Engine:
         if (found := self.handles.get(key)) is None:
             if len(self.handles) > 128: self.handles = {}
             fields = state, policy, self.few if few else self.work, self.scorer, self.scores, self.places, self.clock, self.told
-            found = self.handles[key] = Handle(*fields), state, policy  # kept, so that nothing else gets their ids
+            found = self.handles[key] = handle_of(*fields), state, policy  # kept, so that nothing else gets their ids
         return found[0]
 
     @cached_property
-    def catalogue(self) -> Catalogue: return catalogue_of(self.bundle.items)
+    def catalogue(self) -> Catalogue: return catalogue_of(self.bundle.items)._replace(codes=self.bundle.item_codes)  # one dictionary is enough
 
     @cached_property
     def book(self) -> Rulebook: return Rulebook(self.rules, self.catalogue, self.state)
@@ -357,8 +361,9 @@ def _note(engine: Engine, view: View, suggestions: list[Suggestion], places: Pla
 # %% ../../nbs/5_serving/02_engine.ipynb #495e9c0c
 def _user(bundle: Bundle, request: Request) -> int:
     "The code of whoever asks, -1: nothing is known of them, or nothing is to be used."
-    if not request.consent: return -1
-    return next((bundle.user_codes[i] for i in (request.user_id, request.visitor_id) if i in bundle.user_codes), -1)
+    for name in (request.user_id, request.visitor_id) if request.consent else ():
+        if name and (code := bundle.user_codes.get(name, -1)) >= 0: return code
+    return -1
 
 def recommend(engine: Engine, request: Request, request_id: str, level: int = 0) -> Answer:
     "The answer to a request, fallen back to `level`."
