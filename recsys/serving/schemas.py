@@ -51,7 +51,7 @@ class EventsAnswer(Struct):
     took_ms: float
 
 # %% ../../nbs/5_serving/13_schemas.ipynb #d65d86d5
-ItemFields = msgspec.defstruct("ItemFields", [(f.name, f.type, UNSET) for f in msgspec.structs.fields(Change) if f.name != "item_id"],
+ItemFields = msgspec.defstruct("ItemFields", [(f.name, f.type, UNSET) for f in msgspec.structs.fields(Change) if f.name not in ("item_id", "put_ts")],
                                forbid_unknown_fields=True, module=__name__, namespace=dict(__doc__="What is known of an item."))
 
 def to_item(item_id: str, fields: ItemFields) -> Item: return Item(item_id=item_id, **said(fields))
