@@ -28,6 +28,7 @@ from .flags import RULES, Flagger
 from .identity import Forgotten, Gone, Stitcher, conflicts
 from .importers import Source, Table, mapping_files, open_mapping, read_mapping, rows_of
 from .log import arrived_files, arrived_table
+from .put_items import put_file, put_until, read_put, told_at, with_put
 from .quarantine import Bad, check_share, raw_rows, reason_counts, recovered_files, recovered_table, refused_folder
 from .quarantine import settled, with_keys, write_quarantine
 from .spill import DaySpill, Hashes, Repeats, among, distinct, waiting, whole_days
@@ -47,9 +48,9 @@ def source_files(dataset: str, root: Path) -> dict[str, Path]:
 def _digests(files: dict[str, Path]) -> list[dict]: return [dict(path=n, digest=file_digest(p)) for n, p in files.items()]
 
 def _own_files(data_dir: str | Path | None) -> dict[str, Path]:
-    "What an ingest reads besides its source: the list of the forgotten, the rows recovered from quarantine, and what has arrived at the service."
+    "What an ingest reads besides its source: the list of the forgotten, the rows recovered from quarantine, and the events and items that came to the service."
     if not data_dir: return {}
-    found = [Path(data_dir)/"forgotten.json", *(f for t in ("events", "items", "users") for f in recovered_files(data_dir, t))]
+    found = [Path(data_dir)/"forgotten.json", put_file(data_dir), *(f for t in ("events", "items", "users") for f in recovered_files(data_dir, t))]
     return {f.name: f for f in found if f.exists()} | arrived_files(data_dir)
 
 def source_digest(dataset: str, root: Path, data_dir: str | Path | None = None) -> str:
@@ -319,8 +320,10 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
         with _kept(aside, log.gone, keys, data_dir):
             for t, (_, bad, n) in tables.items(): check_share(t, bad, n, max_quarantine_share, dataset)
         taken, reasons = _set_aside(out, aside, log.gone, keys)
-        sizes = _write(out, done, {t: rows for t, (rows, _, _) in tables.items()}, log.gone, source, moment)
-        said = _account(log, done, taken) | sizes | dict(zip(came, log.read)) | dict(dataset=dataset, about=source.about,
+        rows, put = {t: rows for t, (rows, _, _) in tables.items()}, read_put(data_dir)
+        rows["items"], put_items = _with_put(rows["items"], put, source, moment)
+        sizes = _write(out, done, rows, log.gone, source, moment)
+        said = _account(log, done, taken) | sizes | dict(zip(came, log.read)) | dict(put_items=put_items, put_until=put_until(put), dataset=dataset, about=source.about,
             moment=moment.isoformat(), timed=source.timed, quarantine_reasons=reasons, remarks=reason_counts(log.remarks), sources=_digests(source.files))
     write_json(out/"ingest.json", said)
     if data_dir: shutil.rmtree(refused_folder(data_dir), ignore_errors=True)
@@ -343,6 +346,11 @@ def _kept(aside: dict[str, tuple[Table, Bad]], gone: Gone, done: frozenset, data
         shutil.rmtree(folder := refused_folder(data_dir), ignore_errors=True)
         with atomic_dir(folder) as tmp: write_json(tmp/"reasons.json", _set_aside(tmp, aside, gone, done)[1])
         raise RecsysError(f"{e.what}; all are in {folder/'quarantine.parquet'}, counted in reasons.json", e.where, e.todo) from None
+
+def _with_put(items: pl.DataFrame, put: list[dict], source: Source, moment: datetime) -> tuple[pl.DataFrame, dict]:
+    "The items with what was put at the service, as far as they are known at the moment; how many of those."
+    items, counts = with_put(items, put, told_at(source.files, source.items.raw if source.items else ()))
+    return items.filter(pl.col("created_ts").is_null() | (pl.col("created_ts") < moment)), counts
 
 def _write(out: Path, done: "Written", tables: dict[str, pl.DataFrame], gone: Gone, source: Source, moment: datetime) -> dict[str, int]:
     "Write the tables besides events; how many items and users there are."

@@ -58,7 +58,8 @@ def publish(folders: dict[str, Path], bundles: str | Path, out: str | Path, sett
     if rules: read_rules(rules, settings.serving.rules)
     day, version = day_of(moments.now), version_of(folders, day_of(moments.now)[:10], rules)
     evaluation = read_json(folders["evaluate"]/"evaluation.json")["questions"]
-    manifest = dict(moment=day, dataset=read_json(folders["ingest"]/"ingest.json")["dataset"], sources=read_json(folders["ingest"]/"ingest.json")["sources"],
+    ingested = read_json(folders["ingest"]/"ingest.json")
+    manifest = dict(moment=day, dataset=ingested["dataset"], sources=ingested["sources"], put_until=ingested.get("put_until", 0.), # what was put later is laid over it by day
                     parents={n: p.name for n, p in folders.items()}, settings=digest(as_dict(settings)), seed=settings.run.seed, trees=load_ranker(folders["train"]/"ranker.txt").num_trees(),
                     metrics={q: {m: v["value"] for m, v in e["metrics"].items()} for q, e in evaluation.items()}, previous=(versions(bundles) or [None])[-1])
     target = Path(bundles)/version
