@@ -197,6 +197,7 @@ class Serving(Section):
     state_mb: Positive
     state_timeout_ms: Positive
     trending_hours: Above0
+    intraday_seconds: Above0
 
 class Log(Section):
     keep_hours: Annotated[float, Meta(ge=48)]
