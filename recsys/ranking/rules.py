@@ -337,7 +337,8 @@ class Rulebook:
         self.rules, self.catalogue, self.state, self.keep, self.views, self.policies = rules, catalogue, state, keep, OrderedDict(), {}
         self.placements = {p for k in LISTS for r in getattr(rules, k) for p in r.placements} | {p for k in SINGLES if (r := getattr(rules, k)) for p in r.placements}
         buyers = np.asarray(state.item_x[:, NAMES.index("item_buyers")])
-        self.bestsellers = np.argsort(-buyers, kind="stable")[:(buyers > 0).sum()].astype(np.int32)
+        sold, unsold = np.argsort(-buyers, kind="stable")[:(buyers > 0).sum()], np.flatnonzero(~(buyers > 0))[::-1]
+        self.bestsellers = np.concatenate([sold, unsold]).astype(np.int32)
 
     def policy(self, placement: str | None) -> tuple[Policy, Lifts, dict]:
         "Policy, lifts and names of pins, made once for each placement."
