@@ -29,7 +29,7 @@ def read_put(data_dir: str | Path | None) -> list[dict]:
     if not data_dir or not (path := put_file(data_dir)).exists(): return []
     try: rows = [json.loads(l) for l in path.read_text(encoding="utf-8").splitlines() if l]
     except ValueError as e: raise RecsysError(f"not lines of JSON ({e})", str(path), "delete it; the service writes it again") from None
-    if wrong := next((r for r in rows if not (isinstance(r, dict) and r.get("item_id"))), None):
+    if (wrong := next((r for r in rows if not (isinstance(r, dict) and r.get("item_id"))), None)) is not None:
         raise RecsysError(f"a line without item_id ({str(wrong)[:60]})", str(path), "delete it; the service writes it again")
     return rows
 

@@ -17,6 +17,7 @@ from granian.rsgi import ProtocolClosed, ProtocolError
 
 from ..core.settings import RecsysError, Settings
 from .bundle import verify_bundle
+from .intraday import keeping
 from .keys import SECURE_HEADERS, Keys, audit, authorize, check_exposure, read_keys
 from .metrics import MEDIA, begin, end, log_config, scrape
 from .openapi import NAMES, Route, decoders_for, document, find_route
@@ -256,7 +257,8 @@ def serve(settings: Settings,     # state, keys, log and candidates as they say
         line = f"serving {version} on http://{f'[{address}]' if ':' in address else address}:{port}"
         threading.Thread(target=_watch, args=(messages, workers, line, server.signal_handler_interrupt, failures), daemon=True).start()
         loader = partial(_build_app, settings, str(Path(bundles).resolve()), messages)
-        try: server.serve(target_loader=loader, wrap_loader=False)
+        try:
+            with keeping(settings, Path(bundles).resolve()): server.serve(target_loader=loader, wrap_loader=False)
         except SystemExit:
             if not server.interrupt_signal: raise RecsysError("the workers died", f"{address}:{port}", "see the lines above") from None
     if failures: raise RecsysError(*failures[0])

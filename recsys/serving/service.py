@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'LOOKED_AT', 'USUAL', 'RECENT', 'LOOK_BACK', 'warm_up', 'open_engine', 'Pressure', 'completed', 'Served',
-           'served_record', 'Service', 'load', 'promoted', 'refresh', 'keep_up', 'start', 'ask', 'ask_why',
+           'served_record', 'Service', 'load', 'promoted', 'wanted', 'refresh', 'keep_up', 'start', 'ask', 'ask_why',
            'explain_later', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item', 'forget', 'explain']
 
 # %% ../../nbs/5_serving/16_service.ipynb #677d06c8
@@ -22,10 +22,11 @@ from ..data.arrivals import check_arrivals
 from ..data.log import EventLog
 from ..features.definitions import NAMES as FEATURES
 from ..ranking.rules import Filter
-from .bundle import Bundle, open_bundle, verify_bundle, versions
+from .bundle import Bundle, night_of, open_bundle, verify_bundle, versions
 from .engine import Answer, Engine, Impression, Request, contributions_of, rank, recommend, similar
 from .freshness import Counters, demand, joined, rising
-from .live_items import for_sale, said
+from .intraday import day_folder, day_of_night
+from .live_items import for_sale, newer, said, stamped
 from .metrics import Meter, listed, posted
 from .openapi import NAMES
 from .refused import Refused
@@ -45,9 +46,9 @@ def warm_up(engine: Engine, users: int = 3) -> Engine:
     if cart: rank(engine, Request(), cart, "warm-up"); similar(engine, cart[0], 3, None, "warm-up")
     return engine
 
-def open_engine(bundle: str | Path, per_source: int, budget: int) -> Engine:
-    "A warm engine over the bundle in a folder."
-    b = open_bundle(bundle)
+def open_engine(bundle: str | Path, per_source: int, budget: int, kin: Bundle | None = None) -> Engine:
+    "A warm engine over the bundle in a folder; what it shares with `kin` is not loaded twice."
+    b = open_bundle(bundle, kin)
     return warm_up(Engine(b.state, b.ranker, per_source, budget, b))
 
 # %% ../../nbs/5_serving/16_service.ipynb #057d7f20
@@ -121,7 +122,7 @@ class Service:
         self.settings, self.bundles, self.per_source, self.budget = settings, Path(bundles), c.per_source, c.budget
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
-        self.engine, self.before, self.failed, self.live, self.version = None, None, ("", 0.0), {}, 0
+        self.engine, self.before, self.failed, self.live, self.version = None, None, (None, 0.0), {}, 0
         self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
 
@@ -135,12 +136,15 @@ class Service:
         self.stopped.set(); self.log.close(); self.store.close(); self.meter.close()
 
 # %% ../../nbs/5_serving/16_service.ipynb #7378423f
-def load(service: Service, name: str):
-    "Open, warm and serve the version `name`."
-    engine = open_engine(service.bundles/name, service.per_source, service.budget)
-    engine.sold = _sellable(engine.bundle, service.live.copy(), datetime.now(timezone.utc))
+def load(service: Service, folder: Path):
+    "Open, warm and serve the version in `folder`."
+    served = service.engine.bundle if service.engine else None
+    engine = open_engine(folder, service.per_source, service.budget, served)
+    engine.sold, engine.stock = _sellable(engine.bundle, _live(service, engine), datetime.now(timezone.utc)), _counted(engine, _live(service, engine))
     refresh(service, engine)
-    with service.lock: service.before, service.engine = service.engine, engine
+    with service.lock:
+        if served and night_of(served.manifest) != night_of(engine.bundle.manifest): service.before = service.engine
+        service.engine = engine
     _stock(service, service.live.copy(), engine)  # what was put in between
     service.meter.version(engine.bundle.manifest["version"])
 
@@ -149,18 +153,31 @@ def promoted(service: Service) -> str:
     try: return os.readlink(service.bundles/"current")
     except OSError: raise RecsysError("no bundle has been published", str(service.bundles), "run `recsys run` first") from None
 
+def wanted(service: Service) -> list[Path]:
+    "The folders of what is to be served, the best first: the version of the day, the night's."
+    night = promoted(service)
+    day = day_of_night(day_folder(service.settings), night)
+    return [*([day] if day else []), service.bundles/night]
+
 def _follow(service: Service):
-    "Serve what `current` names, if that is another version than what is served."
-    try: name = promoted(service)
+    "Serve what is wanted, if that is another version than what is served."
+    try: folders = wanted(service)
     except RecsysError: return # between two versions there is always a link; whoever removes it wants none
-    if name == service.engine.bundle.folder.name or name == service.failed[0] and time.monotonic() < service.failed[1]: return
-    try: verify_bundle(service.bundles/name); load(service, name); log.info("serving %s", name)
+    now, served = folders[0], service.engine.bundle
+    if len(folders) > 1 and night_of(served.manifest) != folders[1].name: now = folders[1] # the night's comes first
+    if now.name == served.folder.name or now == service.failed[0] and time.monotonic() < service.failed[1]: return
+    try:
+        verify_bundle(now, served); load(service, now); log.info("serving %s", now.name)
     except Exception as e:
-        service.failed = name, time.monotonic() + 60
-        log.error("version %s cannot be served, the one before goes on: %s", name, e)
+        service.failed = now, time.monotonic() + 60
+        log.error("version %s cannot be served, the one before goes on: %s", now.name, e)
 
 # %% ../../nbs/5_serving/16_service.ipynb #d0ed3e37
 USUAL = FEATURES.index("item_share_long") # what demand is compared with
+
+def _live(service: "Service", engine: Engine, live: dict | None = None) -> dict:
+    "What was put that the night of `engine` does not know."
+    return newer(service.live.copy() if live is None else live, engine.bundle.manifest.get("put_until", 0.))
 
 def _sellable(bundle: Bundle, live: dict, now: datetime, out: np.ndarray | None = None) -> np.ndarray:
     "The bundle's column (or `out`, which is changed) with what is said of the `live` items."
@@ -169,15 +186,26 @@ def _sellable(bundle: Bundle, live: dict, now: datetime, out: np.ndarray | None 
     for item_id, change in live.items():
         code = bundle.item_codes.get(item_id)
         if code is None: continue
-        empty = stock is not None and stock[code] is not None and stock[code] <= 0  # the only reason of the night that a new stock undoes
-        back = empty and (said(change).get("stock") or 0) > 0
-        out[code] = for_sale(change, now) and (column[code] or back)
+        known = said(change)
+        empty = stock is not None and stock[code] is not None and stock[code] <= 0
+        undone = (known.get("stock") or 0) > 0 if empty else bool(known.get("available_from") or known.get("available_to"))
+        out[code] = for_sale(change, now) and (column[code] or undone)
+    return out
+
+def _counted(engine: Engine, live: dict, out: np.ndarray | None = None) -> np.ndarray | None:
+    "The stock of all items (or `out`, which is changed) with what is said of the `live` ones, nan: unknown; None: no rule asks."
+    if engine.rules.filters.min_stock is None: return None
+    if out is None: out = engine.catalogue.stock.copy()
+    for item_id, change in live.items():
+        known, code = said(change), engine.bundle.item_codes.get(item_id)
+        if code is not None and "stock" in known: out[code] = np.nan if known["stock"] is None else known["stock"]
     return out
 
 def _stock(service: "Service", live: dict, engine: Engine):
     "Let `engine` know what was said of some items."
     with service.lock:
-        engine.sold = _sellable(engine.bundle, live, datetime.now(timezone.utc), engine.sold.copy())
+        live = _live(service, engine, live)
+        engine.sold, engine.stock = _sellable(engine.bundle, live, datetime.now(timezone.utc), engine.sold.copy()), _counted(engine, live, engine.stock)
         refresh(service, engine)
 
 def refresh(service: Service, engine: Engine):
@@ -190,6 +218,7 @@ def refresh(service: Service, engine: Engine):
             trending = joined(rising(service.counters.at(now), usual, len(trending)), trending, len(trending))
         sellable = engine.sold.copy()
         for a in (sellable, trending): a.flags.writeable = False # one type for the compiled code
+        if engine.stock is not None: engine.catalogue = engine.catalogue._replace(stock=engine.stock.copy())
         engine.refresh(state._replace(sellable=sellable, trending=trending))
 
 # %% ../../nbs/5_serving/16_service.ipynb #e69a5e8f
@@ -244,16 +273,16 @@ def _tidy(service: Service):
 
 # %% ../../nbs/5_serving/16_service.ipynb #459d9705
 def _first(service: Service):
-    "Load what is promoted; if that cannot be done, the newest version that can, since a list of yesterday is better than none."
-    name = promoted(service)
-    try: load(service, name); return
+    "Load what is wanted; if that cannot be done, the newest version that can, since a list of yesterday is better than none."
+    *_, night = wanted(service)
+    try: load(service, night); return # its version of the day follows within a second
     except Exception as e: why = e
     for other in reversed(versions(service.bundles)):
-        if other == name: continue
-        try: load(service, other)
+        if other == night.name: continue
+        try: load(service, service.bundles/other)
         except Exception: continue
-        log.error("version %s cannot be served, %s is instead: %s", name, other, why)
-        service.failed = name, time.monotonic() + 60
+        log.error("version %s cannot be served, %s is instead: %s", night.name, other, why)
+        service.failed = night, time.monotonic() + 60
         return
     raise why
 
@@ -267,6 +296,7 @@ def start(service: Service):
     try: _items(service)
     except RecsysError as e: log.warning("live items are not known yet: %s", e)
     _first(service)
+    _follow(service)
     _tail(service); refresh(service, service.engine)
     threading.Thread(target=keep_up, args=(service,), daemon=True).start()
 
@@ -310,8 +340,10 @@ async def _with_contributions(service: Service, engine: Engine, answer: Answer) 
 
 async def explain_later(service: Service, request_id: str) -> Answer:
     "The answer to `GET /v1/explain`."
-    engine, question, level = await asyncio.to_thread(explain, service, request_id)
-    return await _with_contributions(service, engine, recommend(engine, question, request_id, level))
+    engine, question, level, given = await asyncio.to_thread(explain, service, request_id)
+    answer = await _with_contributions(service, engine, recommend(engine, question, request_id, level))
+    answer.items = [s for s in answer.items if s.item_id in given]
+    return answer
 
 # %% ../../nbs/5_serving/16_service.ipynb #72978c6f
 def ask_rank(service: Service, request, request_id: str) -> Answer:
@@ -347,7 +379,7 @@ async def post(service: Service, raw: list, now: float) -> EventsAnswer:
 def put(service: Service, items: list) -> ItemsAnswer:
     "Keep items or changes; workers take them over within a moment."
     begin = time.perf_counter()
-    try: version = service.store.put_items(items)
+    try: version = service.store.put_items([stamped(c, time.time()) for c in items])
     except RecsysError as e: raise Refused(503, "not_safe", f"the items could not be kept: {e.what}", **{"retry-after": "5"}) from None
     return ItemsAnswer(len(items), version, round((time.perf_counter() - begin) * 1e3, 3))
 
@@ -374,10 +406,11 @@ def _record(service: Service, request_id: str) -> Served | None:
         begin, end = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
         if end > 0: return msgspec.json.decode(data[begin:end], type=Served)
 
-def explain(service: Service, request_id: str) -> tuple[Engine, Request, int]:
-    "What has to be asked again for the list with an id: (engine, request, level); else `Refused`."
+def explain(service: Service, request_id: str) -> tuple[Engine, Request, int, list[str]]:
+    "What has to be asked again for the list with an id: (engine, request, level), and which items were given; else `Refused`."
     found = _record(service, request_id)
     if found is None: raise Refused(404, "not_found", "no list with this id was given lately")
-    engine = next((e for e in (service.engine, service.before) if e and e.bundle.manifest["version"] == found.model_version), None)
+    night = found.model_version.partition("~")[0]
+    engine = next((e for e in (service.engine, service.before) if e and night_of(e.bundle.manifest) == night), None)
     if engine is None: raise Refused(404, "not_found", f"the list was made by version {found.model_version}, which is no longer loaded")
-    return engine, found.request, found.asked
+    return engine, found.request, found.asked, [i for i, *_ in found.items]
