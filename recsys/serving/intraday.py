@@ -191,9 +191,9 @@ class Keeper:
         "One look at the moment `now` (monotonic s)."
         self.waiting |= self.take_over()
         if not self.waiting or now < self.due: return
-        self.due, began = now + 60, time.monotonic()  # should it fail
+        self.due, began = now + 60, time.process_time()  # should it fail
         self.make()
-        self.waiting, self.due = False, now + max(self.settings.serving.intraday_seconds, 10 * (time.monotonic() - began))
+        self.waiting, self.due = False, now + max(self.settings.serving.intraday_seconds, 10 * (time.process_time() - began))
 
 # %% ../../nbs/5_serving/17_intraday.ipynb #b114f01a
 def keep(settings: Settings, bundles: str | Path, stopped: threading.Event):
