@@ -219,15 +219,15 @@ def _granian(address: str, port: int, workers: int):
                    respawn_failed_workers=True, workers_kill_timeout=5)
 
 # %% ../../nbs/5_serving/03_app.ipynb #c8b735f8
-def _watch(messages, workers: int, line: str, stop, failures: list):
-    """Print `line` when all `workers` are ready. A failure before that is kept in `failures` and ends the server by `stop()`;
+def _watch(messages, workers: int, line: str, up: threading.Event, stop, failures: list):
+    """Print `line` when all `workers` are ready, and set `up`. A failure before that is kept in `failures` and ends the server by `stop()`;
     one of a worker that was replaced later is logged: the others go on, and it tries again."""
     ready = 0
     while True:
         failure = messages.get()
         if failure is None:
             ready += 1
-            if ready == workers: print(line, flush=True)
+            if ready == workers: print(line, flush=True); up.set()
         elif ready < workers: failures.append(failure); return stop()
         else: log.error("a worker cannot start, and will try again: %s", RecsysError(*failure))
 
@@ -254,11 +254,12 @@ def serve(settings: Settings,     # state, keys, log and candidates as they say
     version, failures = verify_bundle(Path(bundles)/"current")["version"], []
     with reserved(host, port) as (address, port), _spawning():
         server, messages = _granian(address, port, workers), multiprocessing.get_context("spawn").SimpleQueue()
+        up = threading.Event()
         line = f"serving {version} on http://{f'[{address}]' if ':' in address else address}:{port}"
-        threading.Thread(target=_watch, args=(messages, workers, line, server.signal_handler_interrupt, failures), daemon=True).start()
+        threading.Thread(target=_watch, args=(messages, workers, line, up, server.signal_handler_interrupt, failures), daemon=True).start()
         loader = partial(_build_app, settings, str(Path(bundles).resolve()), messages)
         try:
-            with keeping(settings, Path(bundles).resolve()): server.serve(target_loader=loader, wrap_loader=False)
+            with keeping(settings, Path(bundles).resolve(), up): server.serve(target_loader=loader, wrap_loader=False)
         except SystemExit:
             if not server.interrupt_signal: raise RecsysError("the workers died", f"{address}:{port}", "see the lines above") from None
     if failures: raise RecsysError(*failures[0])

@@ -231,8 +231,10 @@ def _spawn(line: bytes) -> subprocess.Popen:
     process.stdin.write(line); process.stdin.flush()
     return process
 
-def _watch(line: bytes, stopped: threading.Event):
-    "Have a keeper until `stopped`."
+def _watch(line: bytes, ready: threading.Event, stopped: threading.Event):
+    "Have a keeper from `ready` until `stopped`."
+    while not ready.wait(.1):
+        if stopped.is_set(): return
     process = _spawn(line)
     while not stopped.wait(.5):
         if process.poll() is not None: log.error("the keeper of the day's version ended with %d", process.returncode); stopped.wait(5); process = _spawn(line)
@@ -241,9 +243,9 @@ def _watch(line: bytes, stopped: threading.Event):
     except subprocess.TimeoutExpired: process.kill(); process.wait()
 
 @contextmanager
-def keeping(settings: Settings, bundles: str | Path):
-    "A process keeps the version of the day during the block."
+def keeping(settings: Settings, bundles: str | Path, ready: threading.Event):
+    "A process keeps the version of the day during the block, from when somebody says `ready`."
     stopped, line = threading.Event(), msgspec.json.encode((settings, str(bundles))) + b"\n"
-    thread = threading.Thread(target=_watch, args=(line, stopped), daemon=True); thread.start()
+    thread = threading.Thread(target=_watch, args=(line, ready, stopped), daemon=True); thread.start()
     try: yield
     finally: stopped.set(); thread.join()
