@@ -1,7 +1,7 @@
 "The log of posted events: what is accepted is also learnt from, and each event is there once, whatever is killed, full, repeated or forgotten."
 import fcntl, json, multiprocessing, os, random, resource, sqlite3, subprocess, threading, time
 from collections import Counter
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 import msgspec
@@ -123,7 +123,7 @@ def test_ids_are_remembered_as_long_as_was_asked_and_then_let_go(tmp_path):
 def test_counts(log):
     log.submit([view("a"), view("b", ts=NOON - timedelta(seconds=3601)), view("x", ts=NOON - timedelta(seconds=3600)), view("a")], T).result()
     log.submit([view("ahead", ts=NOON + timedelta(minutes=50)), view("c", ts=NOON + timedelta(seconds=5))], T + 5).result()
-    assert {k: v for k, v in log.counts().items() if "served" not in k} == dict(accepted=5, duplicates=1, late=1, out_of_order=2, waiting=0)
+    assert {k: v for k, v in log.counts().items() if "served" not in k} == dict(accepted=5, duplicates=1, late=1, out_of_order=2, waiting=0, waiting_bytes=0)
 
 def test_a_client_who_has_gone_is_left_out_and_all_others_are_served(tmp_path, monkeypatch):
     gate, store = threading.Event(), EventLog._store
@@ -542,3 +542,73 @@ def test_the_daily_run_rolls_what_is_left_and_runs_again_only_for_what_is_new(tm
     assert "unchanged" not in first.stdout.splitlines()[0] and "unchanged" in again.stdout.splitlines()[0]
     forgot = recsys(shop, "forget", "new"); log.close()
     assert forgot.returncode == 0 and "2 rows removed" in forgot.stdout, forgot.stdout + forgot.stderr
+
+# ---- few files, and not for ever
+
+def rolled_day(log, day: int, parts: list[list[str]]):
+    for k, ids in enumerate(parts):
+        log.submit([view(e, visitor=f"v-{e}") for e in ids], T + day * 86400 + k).result(); log.roll()
+
+def test_files_of_past_days_become_one_and_nothing_is_lost_or_doubled(log, tmp_path):
+    rolled_day(log, 0, [["a", "b"], ["c"], ["d", "e"]]); rolled_day(log, 1, [["f"], ["g"]])
+    before, today = tail_log(tmp_path, 0, 99), (NOON + timedelta(days=1)).date()
+    whole = room.compact_log(tmp_path, today)
+    assert whole == 3 and [len(pl.read_parquet(f)) for f in rolled_files(tmp_path)] == [5, 1, 1] and room.compact_log(tmp_path, today) == 0
+    assert tail_log(tmp_path, 0, 99) == before and tail_log(tmp_path, 3, 2) == before[3:5] and in_files(tmp_path) == list("abcdefg")
+    assert log.submit([view("c")], T + 86400 + 9).result().duplicates == 1
+    assert forget_in_log(tmp_path, ["v-d"]) == 1 and in_files(tmp_path) == list("abcefg")
+    assert room.compact_log(tmp_path, today + timedelta(days=1)) == 2 and room.compact_log(tmp_path, today + timedelta(days=1), 3) == 0
+
+def test_a_crash_between_the_new_file_and_the_old_ones_doubles_nothing(log, tmp_path, monkeypatch):
+    rolled_day(log, 0, [["a"], ["b"], ["c"]])
+    unlink = Path.unlink
+    def dies(path, **how):
+        if path.suffix == ".parquet" and not path.name.startswith("."): raise KeyboardInterrupt
+        unlink(path, **how)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Path, "unlink", dies); room.compact_log(tmp_path, date(2030, 1, 1))
+    assert len(list((tmp_path/"arrivals").glob("day=*/*.parquet"))) == 4 and in_files(tmp_path) == list("abc") and [a.event_id for _, a in tail_log(tmp_path, 1, 9)] == ["b", "c"]
+    assert forget_in_log(tmp_path, ["v-b"]) >= 1
+    assert not any("b" in pl.read_parquet(f)["event_id"].to_list() for f in (tmp_path/"arrivals").glob("day=*/*.parquet"))
+    assert room.prune_log(tmp_path, date(2030, 1, 1)) == 3 and in_files(tmp_path) == ["a", "c"]  # the newest stays, and nothing comes back
+
+def test_readers_while_files_are_put_together_see_each_event_once(log, tmp_path):
+    want = [f"e{k}" for k in range(60)]
+    rolled_day(log, 0, [[e] for e in want])
+    seen, stop = [], threading.Event()
+    def read():
+        while not stop.is_set(): seen.append([a.event_id for _, a in tail_log(tmp_path, 0, 999)])
+    reader = threading.Thread(target=read); reader.start()
+    for most in (4, 16, 999): room.compact_log(tmp_path, date(2030, 1, 1), most)
+    stop.set(); reader.join()
+    assert seen and all(s == want for s in seen) and len(rolled_files(tmp_path)) == 1
+
+def test_old_days_go_and_a_new_log_counts_on(log, tmp_path):
+    rolled_day(log, 0, [["a"]]); rolled_day(log, 3, [["b"]]); rolled_day(log, 5, [["c"]])
+    last, day = log.last(), NOON.date()
+    assert room.prune_log(tmp_path, day) == 0 and room.prune_log(tmp_path, day + timedelta(days=4)) == 2 and in_files(tmp_path) == ["c"]
+    assert room.prune_log(tmp_path, day + timedelta(days=99)) == 0
+    log.close()
+    for p in (tmp_path/"arrivals").glob("log.sqlite*"): p.unlink()
+    new = EventLog(tmp_path)
+    assert new.last() == last and new.submit([view("d")], T + 6 * 86400).result().accepted
+    new.close()
+    assert [a.event_id for _, a in tail_log(tmp_path, last, 9)] == ["d"]
+
+def test_shown_lists_of_old_days_go(tmp_path):
+    for day in ("2026-03-01", "2026-03-09"): (tmp_path/"served"/f"day={day}").mkdir(parents=True); (tmp_path/"served"/f"day={day}"/"1-1.jsonl").write_text("{}\n")
+    assert shown_room.prune_shown(tmp_path, date(2026, 3, 9)) == 1 and list(served_records(tmp_path)) == [b"{}"] and not (tmp_path/"served"/"day=2026-03-01").exists()
+
+def test_what_waits_is_bounded_in_bytes(tmp_path, monkeypatch):
+    gate, store = threading.Event(), EventLog._store
+    monkeypatch.setattr(EventLog, "_store", lambda self, rows: (gate.wait(), store(self, rows))[1])
+    log = EventLog(tmp_path, backlog_mb=1)
+    futures = [log.submit([view("a")], T, 2**19)]
+    while not futures[0].running(): time.sleep(.01)
+    futures += [log.submit([view("b")], T, 2**21), log.submit([view("c")], T, 0)]  # the first is taken, whatever its size
+    with pytest.raises(RecsysError, match="2 MB of events are waiting"): log.submit([view("d")], T, 1).result(0)
+    assert log.counts()["waiting_bytes"] == 2**21
+    gate.set()
+    assert all(f.result(20).duplicates == 0 for f in (futures[0], futures[1])) and log.counts()["waiting_bytes"] == 0
+    assert log.submit([view("d")], T, 1).result().accepted
+    log.close()

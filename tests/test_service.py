@@ -263,3 +263,24 @@ def test_no_confirmed_event_is_lost_when_workers_are_killed(shop, tmp_path):
 def test_no_confirmed_event_is_lost_in_200_kills(shop, tmp_path, kills, whole):
     folder = copied(shop, tmp_path)
     each_once(folder, killed_while_posting(folder, kills, whole))
+
+# ---- a state that was lost
+
+def test_a_lost_state_is_made_again_from_the_newest_events_only(shop, tmp_path):
+    import msgspec
+    from recsys.core.settings import load_settings
+    from recsys.data.arrivals import check_arrivals
+    from recsys.serving.service import Service, start
+    folder = copied(shop, tmp_path)
+    log = EventLog(folder/"data")
+    for k in range(6):
+        good, _ = check_arrivals([msgspec.Raw(json.dumps(event("view", f"v{k}", "i4")).encode())], time.time(), 60)
+        log.submit(good, time.time()).result()
+    log.roll(); log.close()
+    s = load_settings()
+    change = msgspec.structs.replace
+    s = change(s, paths=change(s.paths, data=str(folder/"data")), serving=change(s.serving, state_replay=2))
+    service = Service(s, folder/"bundles"); start(service)
+    known = [bool(service.store.read(f"v{k}", None, None, time.time()).recent) for k in range(6)]
+    service.close()
+    assert known == [False] * 4 + [True] * 2

@@ -196,12 +196,16 @@ class Serving(Section):
     state_days: Above0
     state_mb: Positive
     state_timeout_ms: Positive
+    state_replay: Positive
     trending_hours: Above0
     intraday_seconds: Above0
 
 class Log(Section):
     keep_hours: Annotated[float, Meta(ge=48)]
     roll_minutes: Above0
+    backlog_mb: Positive
+    events_days: Positive
+    served_days: Positive
 
 class Run(Section):
     seed: Annotated[int, Meta(ge=0, lt=2**31)]

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'BACKLOG', 'ROLL_ROWS', 'READ_ROWS', 'REMOVE_ROWS', 'arrivals_folder', 'alone', 'rolled_files', 'Receipt',
-           'EventLog', 'roll_log', 'tail_log', 'forget_in_log', 'arrived_files', 'arrived_table']
+           'EventLog', 'roll_log', 'compact_log', 'prune_log', 'tail_log', 'forget_in_log', 'arrived_files',
+           'arrived_table']
 
 # %% ../../nbs/1_data/18_log.ipynb #cfc2a151
 import fcntl, hashlib, os, queue, shutil, sqlite3, threading
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Iterator
 
@@ -83,8 +84,13 @@ def alone(data_dir: str | Path, what: str = "roll"):
 
 # %% ../../nbs/1_data/18_log.ipynb #43a53f4e
 def rolled_files(data_dir: str | Path) -> list[Path]:
-    "The Parquet files of the log, in the order of their positions."
-    return sorted(arrivals_folder(data_dir).glob("day=*/*-*.parquet"), key=lambda p: p.name)
+    "The Parquet files of the log, in the order of their positions; not those whose events are also in a larger one that was made of them."
+    found, reached = [], 0
+    for p in sorted(_all_files(data_dir), key=lambda p: (_ends(p)[0], -_ends(p)[1])):
+        if _ends(p)[1] > reached: found.append(p); reached = _ends(p)[1]
+    return found
+
+def _all_files(data_dir: str | Path) -> list[Path]: return list(arrivals_folder(data_dir).glob("day=*/*-*.parquet"))
 
 def _ends(path: Path) -> tuple[int, int]:
     "The first and the last position of a rolled file, from its name."
@@ -159,6 +165,7 @@ class _Batch(Struct):
     arrivals: list[Arrival]
     received: float
     future: Future
+    size: int = 0 # bytes, as they were posted
 
 # %% ../../nbs/1_data/18_log.ipynb #dac6bbf8
 def _groups(waiting: queue.SimpleQueue) -> Iterator[list[_Batch]]:
@@ -189,7 +196,9 @@ class _Tally:
 class EventLog:
     "The log of the events of a machine, as one process writes it; the processes of a machine share a data folder."
     def __init__(self, data_dir: str | Path,   # of the settings; the log is in `arrivals`, what was shown in `served`
-                 keep_hours: float = 48): # for which an event that comes again is recognised
+                 keep_hours: float = 48,    # for which an event that comes again is recognised
+                 backlog_mb: float = 64):   # of posted bytes that may wait for the disk
+        self.backlog, self._bytes = backlog_mb * 2**20, 0
         self.data_dir, self.keep, self.path = Path(data_dir), keep_hours * 3600, _log_path(data_dir)
         self._con, self._waiting, self._gate, self._closed = _open(data_dir), queue.SimpleQueue(), threading.Lock(), threading.Event()
         self._tally, self._shown = _Tally(), Shown(self.data_dir)
@@ -198,15 +207,18 @@ class EventLog:
 
     def submit(self, arrivals: list[Arrival], # checked, with their times
                received: float,               # s since 1970
+               size: int = 0,                 # bytes, as they were posted
                ) -> Future:                   # a `Receipt` once they are durable; a `RecsysError` when they are not
         "Ask for a batch to be put into the log; returns at once."
-        batch = _Batch(arrivals, received, Future())
+        batch = _Batch(arrivals, received, Future(), size)
         with self._gate:
             if self._closed.is_set(): batch.future.set_exception(RecsysError("the log is closed", str(self.path), "send the events again"))
             elif self._waiting.qsize() >= BACKLOG:
                 batch.future.set_exception(RecsysError(f"{BACKLOG} batches are waiting for the disk", str(self.path), "send the events again a little later"))
             elif not arrivals: batch.future.set_result(Receipt([], 0))
-            else: self._waiting.put(batch)
+            elif self._bytes and self._bytes + size > self.backlog:
+                batch.future.set_exception(RecsysError(f"{self._bytes >> 20} MB of events are waiting for the disk", str(self.path), "send the events again a little later"))
+            else: self._bytes += size; self._waiting.put(batch)
         return batch.future
 
     def served(self, record: bytes): # one JSON object; `user_id` and `visitor_id` anywhere in it say whose it is
@@ -219,7 +231,7 @@ class EventLog:
 
     def counts(self) -> dict[str, int]:
         "What this process has done so far, and how many batches are waiting."
-        return dict(self._tally.counts, waiting=self._waiting.qsize(), served=self._shown.written, served_dropped=self._shown.dropped)
+        return dict(self._tally.counts, waiting=self._waiting.qsize(), waiting_bytes=self._bytes, served=self._shown.written, served_dropped=self._shown.dropped)
 
     def close(self):
         "Write what is waiting, and end."
@@ -233,6 +245,7 @@ class EventLog:
 def _work(self: EventLog):
     "The thread that writes events."
     for group in _groups(self._waiting):
+        with self._gate: self._bytes -= sum(b.size for b in group)
         if group := [b for b in group if b.future.set_running_or_notify_cancel()]: self._commit(group)
 
 def _commit(self: EventLog, group: list[_Batch]):
@@ -326,6 +339,42 @@ def roll_log(data_dir: str | Path, most: int = ROLL_ROWS) -> list[Path]:
             _remove_rolled(con)
     return [f for f in files if f]
 
+# %% ../../nbs/1_data/18_log.ipynb #30104f3b
+def _runs(files: list[Path], most: int) -> Iterator[list[Path]]:
+    "Neighbours among the files of a day that fit into one of at most so many rows."
+    run, rows = [], 0
+    for f in files:
+        n = pl.scan_parquet(f).select(pl.len()).collect().item()
+        if run and rows + n > most: yield run; run, rows = [], 0
+        run.append(f); rows += n
+    if run: yield run
+
+def compact_log(data_dir: str | Path, today: date, most: int = ROLL_ROWS) -> int:
+    "Put the files of each day before `today` together; how many files are gone."
+    gone, days = 0, {}
+    if not arrivals_folder(data_dir).exists(): return 0
+    with alone(data_dir):
+        for f in rolled_files(data_dir): days.setdefault(f.parent, []).append(f)
+        for run in (r for day, files in days.items() if day.name < f"day={today}" for r in _runs(files, most) if len(r) > 1):
+            with atomic_file(run[0].with_name(f"{run[0].stem[:12]}-{run[-1].stem[13:]}.parquet")) as tmp:
+                pl.concat([pl.read_parquet(f) for f in run]).write_parquet(tmp, compression="zstd", compression_level=3)
+        kept = set(rolled_files(data_dir))
+        for f in _all_files(data_dir):
+            if f not in kept: f.unlink(); gone += 1
+    return gone
+
+# %% ../../nbs/1_data/18_log.ipynb #826f43b9
+def _day(folder: Path) -> str: return folder.name.removeprefix("day=")
+
+def prune_log(data_dir: str | Path, before: date) -> int:
+    "Remove the files of the days before `before`, but for the newest file; how many."
+    if not arrivals_folder(data_dir).exists(): return 0
+    with alone(data_dir):
+        newest = rolled_files(data_dir)[-1:]
+        old = [f for f in _all_files(data_dir) if f not in newest and _day(f.parent) < str(before)]
+        for f in old: f.unlink()
+    return len(old)
+
 # %% ../../nbs/1_data/18_log.ipynb #cbe0fee6
 _ARRIVAL = msgspec.json.Decoder(Arrival)
 
@@ -346,8 +395,14 @@ def _tail_of_files(data_dir: Path, after: int, last: int, most: int) -> list[tup
     return found
 
 # %% ../../nbs/1_data/18_log.ipynb #19a32f3b
-def tail_log(data_dir: str | Path, after: int, most: int) -> list[tuple[int, Arrival]]:
+def tail_log(data_dir: str | Path, after: int, most: int, tries: int = 3) -> list[tuple[int, Arrival]]:
     "The first events behind the position `after` (0: all), at most so many, with their positions."
+    try: return _tail_once(data_dir, after, most)
+    except (OSError, pl.exceptions.PolarsError): # a file was put together with others meanwhile
+        if tries == 1: raise
+        return tail_log(data_dir, after, most, tries - 1)
+
+def _tail_once(data_dir: str | Path, after: int, most: int) -> list[tuple[int, Arrival]]:
     with _sqlite_is_clear(_log_path(data_dir)), closing(_open(data_dir)) as con:
         con.execute("BEGIN")
         last = con.execute("SELECT ifnull(max(last), 0) FROM rolls WHERE done").fetchone()[0]
@@ -398,7 +453,7 @@ def forget_in_log(data_dir: str | Path, ids: list[str], # of users or visitors
     data_dir = Path(data_dir)
     if not _log_path(data_dir).exists(): never_learn(data_dir, ids, links); return 0
     with alone(data_dir), _sqlite_is_clear(_log_path(data_dir)), closing(_open(data_dir)) as con:
-        files = rolled_files(data_dir)
+        files = sorted(_all_files(data_dir))
         everyone = {*ids} | _visitors(con, [*files, *([Path(links)] if links and Path(links).exists() else [])], {*ids})
         never_learn(data_dir, sorted(everyone))
         return (_out_of_log(con, everyone) + sum(_out_of_file(f, everyone) for f in files)

@@ -9,7 +9,7 @@ __all__ = ['log', 'LOOKED_AT', 'USUAL', 'RECENT', 'LOOK_BACK', 'warm_up', 'open_
 
 # %% ../../nbs/5_serving/16_service.ipynb #677d06c8
 import asyncio, logging, os, threading, time
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from msgspec import Struct
 
 from ..core.settings import RecsysError, Settings
 from ..data.arrivals import check_arrivals
-from ..data.log import EventLog
+from ..data.log import EventLog, compact_log, prune_log
+from ..data.shown import prune_shown
 from ..features.definitions import NAMES as FEATURES
 from ..ranking.rules import Filter
 from .bundle import Bundle, night_of, open_bundle, verify_bundle, versions
@@ -120,7 +121,7 @@ class Service:
     def __init__(self, settings: Settings, bundles: str | Path):
         v, c = settings.serving, settings.candidates
         self.settings, self.bundles, self.per_source, self.budget = settings, Path(bundles), c.per_source, c.budget
-        self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours)
+        self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours, settings.log.backlog_mb)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
         self.engine, self.before, self.failed, self.live, self.version = None, None, (None, 0.0), {}, 0
         self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
@@ -267,8 +268,11 @@ def keep_up(service: Service, beat: float = .25):
         except Exception as e: log.warning("could not keep up: %s", e)
 
 def _tidy(service: Service):
-    "Roll the log into files, forget visitors that were not seen for long."
-    try: service.log.roll(); service.store.sweep(time.time())
+    "Roll the log into files, put those of past days together, let go what is too old; forget visitors that were not seen for long."
+    data, how, today = service.settings.data_dir, service.settings.log, datetime.now(timezone.utc).date()
+    try:
+        service.log.roll(); service.store.sweep(time.time())
+        compact_log(data, today); prune_log(data, today - timedelta(days=how.events_days)); prune_shown(data, today - timedelta(days=how.served_days))
     except Exception as e: log.warning("could not tidy: %s", e)
 
 # %% ../../nbs/5_serving/16_service.ipynb #459d9705
@@ -288,7 +292,8 @@ def _first(service: Service):
 
 def start(service: Service):
     "Load what is promoted, catch up with the log and the live items, and keep up from now on."
-    at = 0 if getattr(service.store, "fresh", False) else max(0, service.log.last() - RECENT)
+    again = service.settings.serving.state_replay if getattr(service.store, "fresh", False) else RECENT
+    at = max(0, service.log.last() - again)
     while tail := service.log.tail(at, 5000):
         at = tail[-1][0]
         try: service.store.apply([e for _, e in tail])
@@ -366,7 +371,7 @@ async def post(service: Service, raw: list, now: float) -> EventsAnswer:
     "The answer to `POST /v1/events`, once the good ones are safe."
     begin = time.perf_counter()
     good, rejected = check_arrivals(raw, now, service.settings.data.clock_skew_minutes * 60)
-    try: receipt = await asyncio.wrap_future(service.log.submit(good, now))
+    try: receipt = await asyncio.wrap_future(service.log.submit(good, now, sum(map(len, raw))))
     except RecsysError as e: raise Refused(503, "not_safe", f"the events could not be made safe, send them again: {e.what}", **{"retry-after": "5"}) from None
     try:
         if isinstance(service.store, LocalStore): service.store.apply(receipt.accepted)
