@@ -170,7 +170,7 @@ async def respond(app: App, scope, proto):
         if route.scope: key = authorize(app.keys, scope.headers, route.scope, began)
         body = await answer(app, scope, proto, route, last, request_id)
     except Refused as e:
-        status, body, extra = e.status, e.body(), e.headers
+        status, body, extra, key = e.status, e.body(), e.headers, key or getattr(e, "key", None)
         await drain(proto, 16 * app.body_limit)
     except (ProtocolClosed, asyncio.CancelledError):
         if meter: end(meter, name, 499, time.perf_counter() - began)

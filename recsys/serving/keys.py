@@ -120,7 +120,10 @@ def authorize(keys: Keys, headers, scope: str, now: float) -> Key:
     key = keys.known.get(digest)
     if key is None or not hmac.compare_digest(key.digest, digest): raise Refused(401, "unauthorized", "this key is unknown", **_CHALLENGE)
     if wait := key.take(now): raise Refused(429, "too_many_requests", f"this key may ask {key.rate:g} times a second here", **{"retry-after": str(int(wait) + 1)})
-    if scope not in key.scopes: raise Refused(403, "forbidden", f"this key has not the scope '{scope}'")
+    if scope not in key.scopes:
+        refused = Refused(403, "forbidden", f"this key has not the scope '{scope}'")
+        refused.key = key # whose it is, for the audit
+        raise refused
     return key
 
 # %% ../../nbs/5_serving/08_keys.ipynb #78e3680e

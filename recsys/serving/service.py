@@ -28,7 +28,7 @@ from .engine import Answer, Engine, Impression, Request, contributions_of, rank,
 from .freshness import Counters, demand, joined, rising
 from .intraday import day_folder, day_of_night
 from .live_items import for_sale, newer, said, stamped
-from .metrics import Meter, listed, posted
+from .metrics import Meter, listed, logged, posted
 from .openapi import NAMES
 from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
@@ -106,14 +106,16 @@ class Served(Struct, omit_defaults=True):
     user_id: str | None
     items: list[tuple[str, float, float, list[str]]] # item, score, propensity, sources
     x: list[list[float]] = []  # features of each place
+    kind: str = "recommend"    # or rank, similar
+    candidates: list[str] = [] # of rank: what was to be put in order
 
-def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float) -> bytes:
+def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float, kind: str = "recommend", candidates: list[str] = []) -> bytes:
     "The line for the log; `rows` of the engine's memory whose features are kept, or None."
     items = [(s.item_id, s.score, s.propensity, s.source) for s in answer.items]
     nobody = {} if request.consent else dict(user_id=None, visitor_id=None, session_id=None) # who did not consent is not remembered here either
     slim = msgspec.structs.replace(request, impressions=[], **nobody)
     return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, slim.visitor_id, slim.user_id, items,
-                                      [] if rows is None else engine.work.x[rows].tolist()))
+                                      [] if rows is None else engine.work.x[rows].tolist(), kind, candidates))
 
 # %% ../../nbs/5_serving/16_service.ipynb #a96c4d0c
 class Service:
@@ -134,7 +136,8 @@ class Service:
 
     def close(self):
         "Finish what is being written."
-        self.stopped.set(); self.log.close(); self.store.close(); self.meter.close()
+        self.stopped.set(); self.log.close(); self.store.close()
+        logged(self.meter, self.log.counts()); self.meter.close()
 
 # %% ../../nbs/5_serving/16_service.ipynb #7378423f
 def load(service: Service, folder: Path):
@@ -262,6 +265,7 @@ def keep_up(service: Service, beat: float = .25):
             dated |= _dated(new)
             if beats % 4 == 0: new = dated | new
             if new: _stock(service, new, engine)
+            if beats % 4 == 0: logged(service.meter, service.log.counts())
             if beats % 8 == 0 and _tail(service): refresh(service, engine)
             if beats % 4 == 0 and not following.is_alive(): (following := threading.Thread(target=_follow, args=(service,), daemon=True)).start()
             if beats % tidy == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
@@ -355,16 +359,21 @@ def ask_rank(service: Service, request, request_id: str) -> Answer:
     "The answer to `POST /v1/rank`."
     engine, now = service.ready(), time.time()
     service.pressure.level(request.timeout_ms)
-    known = request.consent and (request.visitor_id or request.user_id)
+    known, candidates = request.consent and (request.visitor_id or request.user_id), request.candidates
+    request = Request(**{f: getattr(request, f) for f in Request.__struct_fields__})
     if known: request = completed(request, service.store.read(request.visitor_id, request.user_id, request.session_id, now), now, False)
-    return rank(engine, request, request.candidates, request_id)
+    answer = rank(engine, request, candidates, request_id)
+    service.log.served(served_record(engine, request, answer, 0, None, now, "rank", candidates))
+    return answer
 
 def ask_similar(service: Service, question, request_id: str) -> Answer:
     "The answer to `POST /v1/similar`."
     engine = service.ready()
     service.pressure.level(None)
     if question.item_id not in engine.bundle.item_codes: raise Refused(404, "not_found", "no such item")
-    return similar(engine, question.item_id, question.n, question.filter, request_id)
+    answer = similar(engine, question.item_id, question.n, question.filter, request_id)
+    service.log.served(served_record(engine, Request(n=question.n, items=[question.item_id], filter=question.filter), answer, 0, None, time.time(), "similar"))
+    return answer
 
 # %% ../../nbs/5_serving/16_service.ipynb #b80b4751
 async def post(service: Service, raw: list, now: float) -> EventsAnswer:
@@ -414,7 +423,7 @@ def _record(service: Service, request_id: str) -> Served | None:
 def explain(service: Service, request_id: str) -> tuple[Engine, Request, int, list[str]]:
     "What has to be asked again for the list with an id: (engine, request, level), and which items were given; else `Refused`."
     found = _record(service, request_id)
-    if found is None: raise Refused(404, "not_found", "no list with this id was given lately")
+    if found is None or found.kind != "recommend": raise Refused(404, "not_found", "no list with this id was given lately" if found is None else f"this is a list of {found.kind}, which cannot be asked again")
     night = found.model_version.partition("~")[0]
     engine = next((e for e in (service.engine, service.before) if e and night_of(e.bundle.manifest) == night), None)
     if engine is None: raise Refused(404, "not_found", f"the list was made by version {found.model_version}, which is no longer loaded")

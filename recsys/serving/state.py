@@ -6,7 +6,7 @@
 __all__ = ['log', 'ADDRESSES', 'Store', 'boot_id', 'key', 'LocalStore', 'drop', 'make_room', 'room_of', 'open_state']
 
 # %% ../../nbs/5_serving/06_state.ipynb #397de281
-import fcntl, logging, time
+import fcntl, logging, os, time
 from array import array
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -16,7 +16,7 @@ import lmdb
 import msgspec
 import numpy as np
 
-from ..core.files import atomic_file
+from ..core.files import atomic_file, full_disk_is_clear
 from ..core.settings import RecsysError, Settings
 from .live_items import Change, overlaid
 from .state_redis import RedisStore
@@ -68,8 +68,15 @@ def key(kind: str, id: str) -> bytes:
     return plain if len(plain) < 500 else kind.upper().encode() + blake2b(plain, digest_size=32).digest()
 
 # %% ../../nbs/5_serving/06_state.ipynb #80531400
+def _reserve(folder: Path, size: int = 128 << 10):
+    "Room on the disk for the file of the readers of an environment that this process has not opened yet."
+    with full_disk_is_clear(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(folder/"lock.mdb", "ab") as f: os.fchmod(f.fileno(), 0o600); os.posix_fallocate(f.fileno(), 0, size)
+
 def _environment(folder: Path, mb: int, **kwargs) -> lmdb.Environment:
     "An LMDB environment in `folder`, at most `mb` megabytes; `RecsysError` if there is none to be had."
+    _reserve(folder)
     try: return lmdb.open(str(folder), map_size=mb << 20, max_dbs=3, max_readers=1024, readahead=False, mode=0o600, **kwargs)
     except lmdb.Error as e: raise RecsysError(f"is not a store of state ({str(e).rpartition(': ')[2]})", folder, "move it away, or name another folder in [serving] state") from None
 
