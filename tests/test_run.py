@@ -161,7 +161,7 @@ def test_going_back_to_a_result_makes_it_current_again(published, shop):
     assert recsys(shop, "run", "--allow-regression", "--date", "2024-04-15").returncode == 0 and os.readlink(bundles/"current") != first
     again = recsys(shop, "run", "--allow-regression")
     assert again.returncode == 0 and all("skipped" in l for l in lines(again.stdout).values()) and os.readlink(bundles/"current") == first
-    damaged = bundles/first/"users.parquet"
+    damaged = bundles/first/"users_text.npy"
     data = damaged.read_bytes(); damaged.unlink(); damaged.write_bytes(data[:-1])
     mended = recsys(shop, "run", "--allow-regression")
     assert mended.returncode == 0 and [n for n, l in lines(mended.stdout).items() if "skipped" not in l] == ["publish"], mended.stdout + mended.stderr

@@ -301,7 +301,7 @@ def test_a_whole_bundle_comes_back(made):
     assert not any(a.flags.writeable for a in b.state) and b.user_codes["u3"] == b.item_codes["i3"] == 3
 
 @pytest.mark.parametrize("name,what", [("manifest.json", "no such file"), ("ranker.txt", "no such model"),
-        ("items.parquet", "broken table"), ("users.parquet", "broken table"),
+        ("items.parquet", "broken table"), ("users_slots.npy", "cannot be read"),
                                        ("state/segment.npy", "lacks segment"), ("state/item_x.npy", "lacks item_x")])
 def test_a_missing_file_is_named(made, name, what):
     (made/name).unlink()

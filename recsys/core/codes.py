@@ -9,7 +9,6 @@ __all__ = ['PARTS', 'write_codes', 'Codes']
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
-import os
 
 import numpy as np
 from numba import njit
@@ -36,10 +35,12 @@ PARTS = ("text", "ends", "slots", "key")
 def write_codes(folder: str | Path, name: str, ids: list[str]):
     "Write `folder`/`name`_*.npy: a table in which each of `ids`, which are distinct, has its position as code."
     if len(set(ids)) != len(ids): raise RecsysError("an id comes twice", f"{Path(folder)/name}", "write each id once")
-    raw, key = [_raw(i) for i in ids], os.urandom(16)
+    raw = [_raw(i) for i in ids]
+    text = b"".join(raw)
+    key = blake2b(text, digest_size=16).digest()
     slots = np.full(1 << max(3, (2 * len(ids) - 1).bit_length()), -1, np.int32)
     _place(np.array([_hash(r, key) for r in raw], np.uint64), slots)
-    parts = np.frombuffer(b"".join(raw), np.uint8), np.cumsum([0, *map(len, raw)]).astype(np.int64), slots, np.frombuffer(key, np.uint8)
+    parts = np.frombuffer(text, np.uint8), np.cumsum([0, *map(len, raw)]).astype(np.int64), slots, np.frombuffer(key, np.uint8)
     for part, a in zip(PARTS, parts): np.save(Path(folder)/f"{name}_{part}.npy", a, allow_pickle=False)
 
 # %% ../../nbs/0_core/05_codes.ipynb #70d7c9d2
