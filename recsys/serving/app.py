@@ -17,6 +17,7 @@ from granian.rsgi import ProtocolClosed, ProtocolError
 
 from ..core.settings import RecsysError, Settings
 from .bundle import verify_bundle
+from .compiled import compile_first
 from .intraday import keeping
 from .keys import SECURE_HEADERS, Keys, audit, authorize, check_exposure, read_keys
 from .metrics import MEDIA, begin, end, log_config, scrape
@@ -252,6 +253,7 @@ def serve(settings: Settings,     # state, keys, log and candidates as they say
     if keys: read_keys(keys)
     if not (Path(bundles)/"current").exists(): raise RecsysError("no bundle has been published", str(bundles), "run `recsys run` first")
     version, failures = verify_bundle(Path(bundles)/"current")["version"], []
+    compile_first(Path(bundles)/"current", settings.candidates.per_source, settings.candidates.budget, log.warning)
     with reserved(host, port) as (address, port), _spawning():
         server, messages = _granian(address, port, workers), multiprocessing.get_context("spawn").SimpleQueue()
         up = threading.Event()
