@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'COLUMNS', 'EMPTY', 'told', 'differing', 'matters', 'overlay', 'unsold', 'category_rows', 'day_tables',
-           'sellable_by', 'day_version', 'day_folder', 'day_of_night', 'put_in_place', 'Keeper', 'keep', 'main',
+           'sellable_by', 'day_version', 'day_folder', 'day_of_night', 'put_in_place', 'Keeper', 'keep', 'main', 'wake',
            'keeping']
 
 # %% ../../nbs/5_serving/17_intraday.ipynb #b917d9cc
@@ -224,6 +224,11 @@ def main():
     keep(settings, bundles, stopped)
 
 # %% ../../nbs/5_serving/17_intraday.ipynb #6a17aa85
+def wake(settings: Settings):
+    "Tell the service, from any of its workers, that there is work for a keeper."
+    put = day_folder(settings)/".put"
+    if not put.exists(): put.parent.mkdir(parents=True, exist_ok=True); put.touch()
+
 def _spawn(line: bytes) -> subprocess.Popen:
     "A keeper that was told `line`."
     process = subprocess.Popen([sys.executable, "-c", "from recsys.serving.intraday import main; main()"], stdin=subprocess.PIPE, start_new_session=True,
@@ -231,10 +236,10 @@ def _spawn(line: bytes) -> subprocess.Popen:
     process.stdin.write(line); process.stdin.flush()
     return process
 
-def _watch(line: bytes, ready: threading.Event, stopped: threading.Event):
-    "Have a keeper from `ready` until `stopped`."
-    while not ready.wait(.1):
-        if stopped.is_set(): return
+def _watch(line: bytes, put: Path, ready: threading.Event, stopped: threading.Event):
+    "Have a keeper from `ready` and the file `put` on until `stopped`."
+    while not (ready.is_set() and put.exists()):
+        if stopped.wait(.2): return
     process = _spawn(line)
     while not stopped.wait(.5):
         if process.poll() is not None: log.error("the keeper of the day's version ended with %d", process.returncode); stopped.wait(5); process = _spawn(line)
@@ -244,8 +249,8 @@ def _watch(line: bytes, ready: threading.Event, stopped: threading.Event):
 
 @contextmanager
 def keeping(settings: Settings, bundles: str | Path, ready: threading.Event):
-    "A process keeps the version of the day during the block, from when somebody says `ready`."
+    "A process keeps the version of the day during the block, from when it is `ready` and somebody wakes it."
     stopped, line = threading.Event(), msgspec.json.encode((settings, str(bundles))) + b"\n"
-    thread = threading.Thread(target=_watch, args=(line, ready, stopped), daemon=True); thread.start()
+    thread = threading.Thread(target=_watch, args=(line, day_folder(settings)/".put", ready, stopped), daemon=True); thread.start()
     try: yield
     finally: stopped.set(); thread.join()

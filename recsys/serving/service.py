@@ -26,7 +26,7 @@ from ..ranking.rules import Filter
 from .bundle import Bundle, night_of, open_bundle, verify_bundle, versions
 from .engine import Answer, Engine, Impression, Request, contributions_of, rank, recommend, similar
 from .freshness import Counters, demand, joined, rising
-from .intraday import day_folder, day_of_night
+from .intraday import day_folder, day_of_night, wake
 from .live_items import for_sale, newer, said, stamped
 from .metrics import Meter, listed, logged, posted
 from .openapi import NAMES
@@ -267,6 +267,7 @@ def keep_up(service: Service, beat: float = .25):
             if new: _stock(service, new, engine)
             if beats % 4 == 0: logged(service.meter, service.log.counts())
             if beats % 8 == 0 and _tail(service): refresh(service, engine)
+            if beats % 4 == 0 and service.live: wake(service.settings)
             if beats % 4 == 0 and not following.is_alive(): (following := threading.Thread(target=_follow, args=(service,), daemon=True)).start()
             if beats % tidy == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
         except Exception as e: log.warning("could not keep up: %s", e)
