@@ -59,11 +59,12 @@ def request(rng: random.Random) -> bytes:
     head = [f"{method} {path_} HTTP/1.1", "host: x", f"content-length: {len(text)}"]
     head.append(rng.choice(["content-type: application/json"] * 9 + ["content-type: text/plain", "content-type: ", "content-encoding: gzip\r\ncontent-type: application/json", "x-request-id: " + "r" * 500]))
     if rng.random() < .1: head.append(rng.choice(["authorization: Bearer \xff", "authorization: Bearer", "x-request-id: a b", "accept: " + "*" * 2000, "content-type: application/json; charset=\xe9"]))
-    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + (b"" if method in ("HEAD", "GET") and False else text)
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + text
 
-async def answered(reader) -> int:
-    "The status of the next answer; its body is read and thrown away."
+async def answered(reader, bodiless: bool) -> int:
+    "The status of the next answer; its body, if there is one, is read and thrown away."
     head = await reader.readuntil(b"\r\n\r\n")
+    if bodiless: return int(head[9:12])
     length = next((int(l.partition(b":")[2]) for l in head.lower().split(b"\r\n") if l.startswith(b"content-length:")), 0)
     await reader.readexactly(length)
     return int(head[9:12])
@@ -76,9 +77,8 @@ async def line(port: int, seed: int, count: int, found: Counter):
             if writer is None: reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
             sent = request(rng)
             writer.write(sent)
-            status = await asyncio.wait_for(answered(reader), 20)
+            status = await asyncio.wait_for(answered(reader, sent.startswith(b"HEAD")), 20)
             found[status] += 1
-            if sent.startswith(b"HEAD"): raise ConnectionError  # an answer to HEAD states a length that does not follow
         except (OSError, EOFError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
             found["closed"] += 1
             if writer: writer.close()

@@ -93,6 +93,20 @@ def test_what_everybody_buys_now_is_trending_within_seconds_and_after_a_restart(
         until(lambda: quiet in listed(port, n=100))
     with serving(tmp_path) as (_, port): assert quiet in listed(port, n=100)
 
+@pytest.mark.skipif(REDIS is None, reason="redis-server is missing: apt-get install redis-server")
+def test_what_is_bought_at_one_machine_is_trending_at_all(tmp_path):
+    "Two services without a folder in common but for the bundles; one takes events, the other makes lists."
+    state = tables()._replace(trending=np.arange(5, dtype=np.int32))
+    one, two = tmp_path/"one", tmp_path/"two"
+    one.mkdir()
+    publish(one, state=state); promote(one/"bundles", "v1")
+    two.mkdir(); (two/"bundles").symlink_to(one/"bundles")
+    with Server(tmp_path) as redis, serving(one, state=redis.uri) as (_, events), serving(two, state=redis.uri) as (_, lists):
+        quiet = next(f"i{k}" for k in range(N_ITEMS) if state.sellable[k] and f"i{k}" not in listed(lists, n=100))
+        post(events, *(event("purchase", f"crowd-{k}", quiet) for k in range(50)))
+        until(lambda: quiet in listed(lists, n=100) and quiet in listed(events, n=100))
+        assert not (two/"data"/"arrivals").exists() or not tail_log(two/"data", 0, 10)
+
 # ---- other questions
 
 def test_rank_and_similar(server, engines):

@@ -25,7 +25,7 @@ from ..features.definitions import NAMES as FEATURES
 from ..ranking.rules import Filter
 from .bundle import Bundle, night_of, open_bundle, verify_bundle, versions
 from .engine import Answer, Engine, Impression, Request, contributions_of, rank, recommend, similar
-from .freshness import Counters, demand, joined, rising
+from .freshness import DEMAND, Counters, demand, joined, rising
 from .intraday import day_folder, day_of_night, wake
 from .live_items import for_sale, newer, said, stamped
 from .metrics import Meter, listed, logged, posted
@@ -33,6 +33,7 @@ from .openapi import NAMES
 from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
 from .state import LocalStore, open_state
+from .visitor import seconds
 
 log = logging.getLogger("recsys.serving")
 
@@ -244,14 +245,24 @@ def _dated(live: dict) -> dict:
     return {i: c for i, c in live.items() if said(c).get("available_from") or said(c).get("available_to")}
 
 def _tail(service: Service) -> bool:
-    "Count the demand of the newest events, of all workers; was there any?"
-    codes, some, bundle = service.engine.bundle.item_codes, False, service.engine.bundle.folder
+    "Count the demand of the newest events, of all workers and, where the state is shared by machines, of all machines; was there any?"
+    codes, some, bundle, far = service.engine.bundle.item_codes, False, service.engine.bundle.folder, not isinstance(service.store, LocalStore)
     if service.counted != bundle: # the codes are others: count the newest events once more
-        service.counters, service.counted, service.tail_at = Counters(len(codes), service.settings.serving.trending_hours * 3600, time.time()), bundle, max(0, service.log.last() - RECENT)
-    while tail := service.log.tail(service.tail_at, 5000):
-        service.tail_at, some = tail[-1][0], True
-        service.counters.add(*demand(tail, codes))
+        service.counters, service.counted = Counters(len(codes), service.settings.serving.trending_hours * 3600, time.time()), bundle
+        service.tail_at = "0" if far else max(0, service.log.last() - RECENT)
+    while (found := _wanted_since(service, codes))[0] != service.tail_at:
+        service.tail_at, some = found[0], True
+        service.counters.add(*found[1])
     return some
+
+def _wanted_since(service: Service, codes: dict[str, int]) -> tuple:
+    "How far it was looked, and the demand that was found: codes, epoch s."
+    if isinstance(service.store, LocalStore):
+        tail = service.log.tail(service.tail_at, 5000)
+        return (tail[-1][0] if tail else service.tail_at), demand(tail, codes)
+    at, pairs = service.store.demand_since(service.tail_at)
+    known = [(codes[i], t) for i, t in pairs if i in codes]
+    return at, (np.array([c for c, _ in known], np.int32), np.array([t for _, t in known], np.float64))
 
 def keep_up(service: Service, beat: float = .25):
     "Until the service is closed: follow the live items, the demand and the promoted version; roll the log and sweep the state from time to time."
@@ -377,6 +388,11 @@ def ask_similar(service: Service, question, request_id: str) -> Answer:
     return answer
 
 # %% ../../nbs/5_serving/16_service.ipynb #b80b4751
+def _apply_far(service: Service, events: list):
+    "Let the store of many machines know of events: their visitors' state, and what is in demand."
+    service.store.apply(events)
+    service.store.tell_demand([(e.item_id, seconds(e.ts)) for e in events if e.event_type in DEMAND and e.item_id])
+
 async def post(service: Service, raw: list, now: float) -> EventsAnswer:
     "The answer to `POST /v1/events`, once the good ones are safe."
     begin = time.perf_counter()
@@ -385,7 +401,7 @@ async def post(service: Service, raw: list, now: float) -> EventsAnswer:
     except RecsysError as e: raise Refused(503, "not_safe", f"the events could not be made safe, send them again: {e.what}", **{"retry-after": "5"}) from None
     try:
         if isinstance(service.store, LocalStore): service.store.apply(receipt.accepted)
-        else: await asyncio.to_thread(service.store.apply, receipt.accepted)
+        else: await asyncio.to_thread(_apply_far, service, receipt.accepted)
     except RecsysError as e: log.warning("%d events are in the log but not in the state: %s", len(receipt.accepted), e)
     posted(service.meter, len(receipt.accepted), receipt.duplicates, len(rejected))
     return EventsAnswer(len(receipt.accepted), receipt.duplicates, rejected, round((time.perf_counter() - begin) * 1e3, 3))
