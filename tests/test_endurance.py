@@ -2,7 +2,7 @@
 
     MALFORMED=1000000 pytest -s -m bench tests/test_endurance.py -k malformed      # no 5xx, no crash, no growth
     SOAK_MINUTES=30 pytest -s -m bench tests/test_endurance.py -k soak             # 70 % of what the machine sustains: no error, no growth; p99 of the minutes"""
-import asyncio, json, os, random, time
+import asyncio, json, os, random, threading, time
 from collections import Counter
 
 import numpy as np
@@ -79,13 +79,11 @@ async def line(port: int, seed: int, count: int, found: Counter):
             writer.write(sent)
             status = await asyncio.wait_for(answered(reader, sent.startswith(b"HEAD")), 20)
             found[status] += 1
-        except (OSError, EOFError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
+        except TimeoutError: found["silent"] += 1; writer.close(); writer = None
+        except (OSError, EOFError, asyncio.LimitOverrunError):
             found["closed"] += 1
             if writer: writer.close()
             writer = None
-        except TimeoutError:
-            found["silent"] += 1
-            writer.close(); writer = None
 
 async def many(port, seed, count, lines=8):
     found = Counter()
@@ -96,6 +94,7 @@ def test_malformed_requests_break_nothing(tmp_path):
     count = int(os.environ.get("MALFORMED", 100_000))
     publish(tmp_path); promote(tmp_path/"bundles", "v1")
     with serving(tmp_path, workers=2, key_rate=1e7) as (process, port):
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # audit lines would fill the pipe, and who writes would wait
         pids, found, memory, began = set(workers_of(process.pid)), Counter(), [], time.monotonic()
         for part in range(10):
             found += asyncio.run(many(port, part, count // 10))
