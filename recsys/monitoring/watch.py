@@ -70,7 +70,7 @@ def watch_run(features: str | Path, candidates: str | Path, trained: str | Path,
         return rows
     past, reference, current = [window(m) for m in [*moments.training, moments.validation]], window(moments.test), window(moments.now)
     found = compare(window_frame(*reference), window_frame(*current), "user", [window_frame(*p) for p in past], d.alpha, d.permutations, d.psi_limit,
-                    settings.run.seed, d.wasserstein_limit, d.missing_limit, d.unseen_limit)
+                    settings.run.seed, d.wasserstein_limit, d.share_limit, d.missing_limit, d.unseen_limit)
     step("distributions")
     (xr, ur), (xc, uc) = (sampled(x, u, d.shap_rows, settings.run.seed) for x, _, u in (reference, current))
     before, after = (shap_values(ranker, as_served(ranker, x), threads=settings.run.threads)[:, :len(NAMES)] for x in (xr, xc))  # a position is the same for all
