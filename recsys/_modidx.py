@@ -1895,6 +1895,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'recsys/monitoring/drift.py'),
                                          'recsys.monitoring.drift.histogram_of': ( '7_monitoring/drift.html#histogram_of',
                                                                                    'recsys/monitoring/drift.py'),
+                                         'recsys.monitoring.drift.judge': ('7_monitoring/drift.html#judge', 'recsys/monitoring/drift.py'),
                                          'recsys.monitoring.drift.make_exact': ( '7_monitoring/drift.html#make_exact',
                                                                                  'recsys/monitoring/drift.py'),
                                          'recsys.monitoring.drift.natural_limit': ( '7_monitoring/drift.html#natural_limit',

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'VERDICTS', 'TESTS_OF', 'Effect', 'Histogram', 'Column', 'C
            'distance_interval', 'change_interval', 'groups_of', 'effect_samples', 'natural_limit', 'past_effects',
            'effects_of', 'verdict_of', 'histogram_of', 'column_of', 'oddity', 'unit_counts', 'shortage',
            'assumption_of', 'sentence_of', 'Plan', 'note_of', 'Profile', 'profile_of', 'compared', 'make_exact',
-           'compare']
+           'judge', 'compare']
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #5854f485
 import msgspec
@@ -233,15 +233,15 @@ def _distances(column: Column, frozen: Frozen, r: Counts, c: Counts, bins: int):
         column.wasserstein = _num(wasserstein(a, b, r.offsets.sum(0), c.offsets.sum(0), frozen.edges, frozen.scale))
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #4e25627b
-def oddity(name: str, reference: dict, current: dict) -> Column | None:
-    "The findings about a column that cannot be compared, from the types of two windows; None if it can."
-    if name not in reference: return Column(name, kind_of(current[name]), "not enough data", "new: the reference has no such column")
-    was = kind_of(reference[name])
-    if name not in current: return Column(name, was, "material", "gone: the current window has no such column")
-    now = kind_of(current[name])
-    if "other" in (was, now) and {was, now} <= {"other", "empty"}: return Column(name, was, "not enough data", f"columns of type {reference[name] if was == 'other' else current[name]} are not compared")
+def oddity(name: str, reference: Window, current: Window) -> Column | None:
+    "The findings about a column that cannot be compared; None if it can."
+    if name not in reference.kinds: return Column(name, current.kinds[name], "not enough data", "new: the reference has no such column")
+    was = reference.kinds[name]
+    if name not in current.kinds: return Column(name, was, "material", "gone: the current window has no such column")
+    now, types = current.kinds[name], (reference.types[name], current.types[name])
+    if "other" in (was, now) and {was, now} <= {"other", "empty"}: return Column(name, was, "not enough data", f"columns of type {types[was == 'empty']} are not compared")
     if "empty" in (was, now) or was == now: return None
-    return Column(name, was, "material", f"the type changed from {reference[name]} to {current[name]}")
+    return Column(name, was, "material", f"the type changed from {types[0]} to {types[1]}")
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #5baf778b
 def unit_counts(reference: Window, current: Window, unit: str | None) -> dict[str, int]:
@@ -340,7 +340,7 @@ def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, 
 def make_exact(columns: list[Column], reference: Table, current: Table):
     "Replace distances on cells by those of the values themselves, column by column."
     for c in columns:
-        if c.ks is None: continue
+        if c.ks is None or c.name not in reference.schema: continue
         a, b = numbers_of(reference.column(c.name)), numbers_of(current.column(c.name))
         gap, area = exact_distances(a, b)
         scale = scale_of(a)
@@ -355,21 +355,35 @@ def _checked(unit, alpha, permutations, profile: Profile | None):
     if profile is not None and profile.unit != unit:
         raise RecsysError(f"the profile was made with {f'the unit {profile.unit!r}' if profile.unit else 'no unit'}", "drift", "name the same unit, or make the profile again")
 
-def _windows(reference, current, past, unit, buckets) -> tuple[Profile, Window, list[Window], dict, dict]:
-    "Profile, windows, and the types of the columns of reference and current."
+def _windows(reference, current, past, unit, buckets) -> tuple[Profile, Window, list[Window], list[Table]]:
+    "Profile, windows, and the tables of reference and current if they are tables."
     tables = [t if isinstance(t, (Table, Window, Profile)) else Table(t, what) for t, what in
               ((reference, "reference"), (current, "current window"), *((p, f"past window {i + 1}") for i, p in enumerate(past)))]
     for t in tables:
         if isinstance(t, Table) and t.schema: columns_of(t, [], unit)
-    reference, *others = tables
-    profile = reference if isinstance(reference, Profile) else profile_of(reference, unit, [t for t in others if isinstance(t, Table)], buckets)
-    windows = [t if isinstance(t, Window) else measure(t, profile.frozen, unit, profile.buckets) for t in others]
-    kinds = {"numeric": pl.Float64(), "time": pl.Datetime(), "categorical": pl.String(), "empty": pl.Null(), "other": pl.Struct([])}
-    was = {n: kinds[f.kind] for n, f in profile.frozen.items()} if isinstance(reference, Profile) else reference.schema
-    now = others[0].schema if isinstance(others[0], Table) else {n: kinds[profile.frozen[n].kind] for n in windows[0].counts}
-    return profile, windows[0], windows[1:], was, now
+    whole, profile = [t for t in tables if isinstance(t, Table)], tables[0]
+    if not isinstance(profile, Profile): profile = profile_of(profile, unit, whole[1:], buckets)
+    windows = [t if isinstance(t, Window) else measure(t, profile.frozen, unit, profile.buckets) for t in tables[1:]]
+    return profile, windows[0], windows[1:], [t for t in tables[:2] if isinstance(t, Table)]
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #b692304b
+def judge(profile: Profile, now: Window, before: list[Window], plan: Plan, min_units: int = 20, tables: list[Table] = ()) -> Comparison:
+    "The comparison of windows that are counted; with the two `tables` at hand, and small enough, distances are exact."
+    rows, units = {"reference": profile.window.rows, "current": now.rows}, unit_counts(profile.window, now, plan.unit)
+    kinds, short = now.kinds | profile.window.kinds, shortage(rows, units, min_units)
+    if not all(rows.values()): found = [Column(c, k, "not enough data", short) for c, k in kinds.items()]
+    else:
+        found = [x for c in kinds if (x := oddity(c, profile.window, now))]
+        odd = {x.name for x in found}
+        found += (comparable := compared(profile, now, before, plan, [c for c in kinds if c not in odd], short))
+        if len(tables) == 2 and max(rows.values()) <= SAMPLE: make_exact(comparable, *tables)
+    found.sort(key=lambda c: (VERDICTS.index(c.verdict), -c.severity, c.name))
+    alarm = any(c.verdict == "material" for c in found)
+    numbers = dict(alpha=plan.alpha, permutations=plan.permutations, seed=plan.seed, resamples=plan.resamples, buckets=plan.buckets, min_units=min_units)
+    return Comparison(alarm, sentence_of(found, short if not alarm else ""), found, rows, units, assumption_of(plan.unit, units, plan.permutations),
+                      numbers | {f"{k}_limit": v for k, v in plan.limits.items()}, len(before))
+
+# %% ../../nbs/7_monitoring/02_drift.ipynb #ee3de869
 def compare(reference: "pl.DataFrame | Table | Profile | str", # the window to compare with, e.g. what the model learned from
             current: "pl.DataFrame | Table | Window | str",    # the window in question; Windows need a Profile
             unit: str | None = None,            # column that says whose row it is; it is not compared itself
@@ -391,19 +405,5 @@ def compare(reference: "pl.DataFrame | Table | Profile | str", # the window to c
     _checked(unit, alpha, permutations, reference if isinstance(reference, Profile) else None)
     limits = {"psi": psi_limit, "wasserstein": wasserstein_limit, "share": share_limit, "missing": missing_limit, "unseen": unseen_limit}
     plan = Plan(unit, alpha, permutations, seed, limits, psi_bins, resamples, buckets)
-    profile, now, before, was_types, now_types = _windows(reference, current, past, unit, buckets)
-    rows, units = {"reference": profile.window.rows, "current": now.rows}, unit_counts(profile.window, now, unit)
-    names = [c for c in dict.fromkeys([*was_types, *now_types]) if c != unit]
-    short = shortage(rows, units, min_units)
-    if not all(rows.values()): found = [Column(c, kind_of({**now_types, **was_types}[c]), "not enough data", short) for c in names]
-    else:
-        found = [x for c in names if (x := oddity(c, was_types, now_types))]
-        same = [c for c in names if c not in {x.name for x in found}]
-        found += (comparable := compared(profile, now, before, plan, same, short))
-        tables = [t if isinstance(t, Table) else Table(t) for t in (reference, current) if not isinstance(t, (Profile, Window))]
-        if len(tables) == 2 and max(rows.values()) <= SAMPLE: make_exact(comparable, *tables)
-    found.sort(key=lambda c: (VERDICTS.index(c.verdict), -c.severity, c.name))
-    alarm = any(c.verdict == "material" for c in found)
-    numbers = dict(alpha=alpha, permutations=permutations, seed=seed, resamples=resamples, buckets=buckets, min_units=min_units)
-    return Comparison(alarm, sentence_of(found, short if not alarm else ""), found, rows, units, assumption_of(unit, units, permutations),
-                      numbers | {f"{k}_limit": v for k, v in limits.items()}, len(before))
+    profile, now, before, tables = _windows(reference, current, past, unit, buckets)
+    return judge(profile, now, before, plan, min_units, tables)

@@ -332,7 +332,8 @@ BITS = 1 << 20   # hashes that are told apart when units are counted
 class Window(Struct):
     "A window of rows, counted on frozen cells; windows add up."
     rows: int
-    types: dict[str, str]              # of all columns, for people
+    types: dict[str, str]              # of all columns but the unit, for people
+    kinds: dict[str, str]              # of the same: see `kind_of`
     counts: dict[str, Counts]          # of the columns of the same kind as in the reference, or with nothing but nulls
     units: np.ndarray                  # uint8 [BITS / 8]: a bit for each hash of a unit; empty without a unit
     rows_without: int = 0              # rows without a unit
@@ -341,7 +342,7 @@ class Window(Struct):
 
     def __add__(self, other):
         same = [c for c in self.counts if c in other.counts]
-        return Window(self.rows + other.rows, self.types, {c: self.counts[c] + other.counts[c] for c in same}, self.units | other.units,
+        return Window(self.rows + other.rows, self.types, self.kinds, {c: self.counts[c] + other.counts[c] for c in same}, self.units | other.units,
                       self.rows_without + other.rows_without, {c: _top(self.unseen.get(c, {}), other.unseen.get(c, {})) for c in same},
                       {c: n for c in same if (n := self.infinite.get(c, 0) + other.infinite.get(c, 0))})
 
@@ -376,7 +377,8 @@ def measure(table: "Table | pl.DataFrame",  # one row per event
             if f.kind == "empty" or frame[n].dtype == pl.Null: add_presence(counts[n], frame[n], bucket)
             elif f.kind == "categorical": unseen[n] = _top(unseen.get(n, {}), dict(add_values(counts[n], frame[n], f, bucket).sort("len", "value", descending=[True, False]).head(1000).iter_rows()))
             elif k := add_numbers(counts[n], frame[n], f, bucket): infinite[n] = infinite.get(n, 0) + k
-    return Window(table.rows, {n: str(t) for n, t in table.schema.items()}, counts, np.packbits(bits), without, unseen, infinite)
+    types = {n: t for n, t in table.schema.items() if n != unit}
+    return Window(table.rows, {n: str(t) for n, t in types.items()}, {n: kind_of(t) for n, t in types.items()}, counts, np.packbits(bits), without, unseen, infinite)
 
 def count(frame, frozen: dict[str, Frozen], unit: str | None = None, buckets: int = 64) -> dict[str, Counts]:
     "The counts of `measure`, by column; columns that are gone or of another kind are left out."
