@@ -326,6 +326,14 @@ def _bench_shop(a):
     print(f"{said['seconds']:.0f} s. Look at {bench_page('shop', s, [a.out])}")
     return 0
 
+# %% ../../nbs/9_operations/07_cli.ipynb #d8a4e026
+def _drift(a):
+    from rich.console import Console
+    from recsys.operations.drift_page import drift_report
+    with Console(stderr=True).status("comparing"): r = drift_report(a.reference, a.current, a.out, a.unit, a.model)
+    print(f"{r.sentence}\n{r.seconds:.1f} s, peak {r.peak_rss_mb:,.0f} MB. Look at {a.out}/report.html")
+    return 2 if r.alarm else 0
+
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
@@ -370,6 +378,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--one-in", type=int, default=1, metavar="N", help="keep one purchase in N")
     c = of(features, "feast", _features_feast, "write, apply and fill a Feast repository")
     c.add_argument("--online", default="sqlite", metavar="STORE", help="sqlite, or redis://host:port")
+    c = of(sub, "drift", _drift, "compare any two Parquet tables: report.html and report.json; exit code 2 if something moved materially")
+    for name, text in (("--reference", "the table to compare with"), ("--current", "the table in question")): c.add_argument(name, required=True, metavar="FILE", help=f"{text}: Parquet, or a quoted pattern of files")
+    c.add_argument("--unit", metavar="COLUMN", help="whose row it is (user, visitor): rows of one unit are not independent"); c.add_argument("--model", metavar="FILE", help="LightGBM text file: weight of each column in the model")
     bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
     rectools = "also EASE, SASRec and BERT4Rec by RecTools, in an environment of their own"
     c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
