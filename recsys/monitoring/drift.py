@@ -324,7 +324,7 @@ def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, 
     "The findings about the columns `names`; `short` says why they are too few rows for a verdict."
     fine = {n: profile.frozen[n] for n in names}
     rough = {n: coarser(f) for n, f in fine.items()}
-    small = lambda w: {n: coarsen(w.counts[n], f, *rough[n]) for n, f in fine.items() if n in w.counts}
+    small = lambda w: {n: w.rough[n] if w.rough else coarsen(w.counts[n], f, *rough[n]) for n, f in fine.items() if n in w.counts}
     r, c, *before = map(small, (profile.window, current, *past))
     p, draw, found, rough = {}, draws(plan.resamples, plan.buckets, plan.seed), [], {n: f for n, (f, _) in rough.items()}
     if not short: p = family(rough, r, c, plan.permutations, plan.seed) if plan.unit else independent_family(fine, profile.window.counts, current.counts)

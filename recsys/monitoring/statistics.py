@@ -339,12 +339,14 @@ class Window(Struct):
     rows_without: int = 0              # rows without a unit
     unseen: dict[str, dict[str, int]] = {}   # names of values that the reference lacks
     infinite: dict[str, int] = {}
+    rough: dict[str, Counts] = {}      # of a window that is kept: coarse counts by bucket, and then `counts` is summed over buckets
 
     def __add__(self, other):
-        same = [c for c in self.counts if c in other.counts]
+        same, both = [c for c in self.counts if c in other.counts], [c for c in self.rough if c in other.rough]
         return Window(self.rows + other.rows, self.types, self.kinds, {c: self.counts[c] + other.counts[c] for c in same}, self.units | other.units,
                       self.rows_without + other.rows_without, {c: _top(self.unseen.get(c, {}), other.unseen.get(c, {})) for c in same},
-                      {c: n for c in same if (n := self.infinite.get(c, 0) + other.infinite.get(c, 0))})
+                      {c: n for c in same if (n := self.infinite.get(c, 0) + other.infinite.get(c, 0))},
+                      {c: self.rough[c] + other.rough[c] for c in both})
 
 def _top(*names: dict[str, int], most: int = 1000) -> dict[str, int]:
     "Counts by name added up, the `most` frequent of them."
