@@ -13,6 +13,8 @@ __all__ = ['NO_VALUES', 'KNOWN', 'BATCH', 'SAMPLE', 'UNIT', 'NEWS', 'BITS', 'has
 
 # %% ../../nbs/7_monitoring/01_statistics.ipynb #a08c4565
 import zlib
+from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +138,12 @@ def _values(known: pl.DataFrame, also: pl.DataFrame, top: int) -> pl.DataFrame:
     return both.select("value", cell, "sole", "seen").filter(pl.col("seen") | (pl.col("cell") < top))
 
 # %% ../../nbs/7_monitoring/01_statistics.ipynb #aa616f60
-BATCH, SAMPLE = 1 << 17, 2_000_000   # rows read at once; rows up to which whole columns are held: memory is flat beyond
+BATCH, SAMPLE = 1 << 18, 2_000_000   # rows read at once; rows up to which whole columns are held: memory is flat beyond
 
 class Table:
     "A window of rows, as a frame or in Parquet files, read in batches."
     def __init__(self, rows: "pl.DataFrame | str | Path", what: str = "table"):
-        self.what, self.frame = what, rows if isinstance(rows, pl.DataFrame) else None
+        self.what, self.frame, self.files = what, rows if isinstance(rows, pl.DataFrame) else None, []
         if self.frame is None and not isinstance(rows, (str, Path)):
             raise RecsysError(f"the {what} is a {type(rows).__name__}, neither a polars DataFrame nor a path", "drift", "collect or convert it first")
         self.path = "" if self.frame is not None else str(rows)
@@ -149,30 +151,37 @@ class Table:
         else: self._look()
 
     def _look(self):
-        if "*" not in self.path and not Path(self.path).exists(): raise RecsysError("no such file", self.path, f"give a Parquet file as the {self.what}")
-        try:
-            self.lazy = pl.scan_parquet(self.path)
-            self.schema, self.rows = dict(self.lazy.collect_schema()), self.lazy.select(pl.len()).collect().item()
+        pattern = any(c in self.path for c in "*?[") and not Path(self.path).exists()
+        paths = sorted(glob(self.path, recursive=True)) if pattern else [self.path] if Path(self.path).is_file() else []
+        if not paths: raise RecsysError("no such file", self.path, f"give a Parquet file, or a pattern of them, as the {self.what}")
+        for p in paths:
+            with self._readable(p): schema, rows = dict(pl.read_parquet_schema(p)), pl.scan_parquet(p).select(pl.len()).collect().item()
+            if self.files and schema != self.schema: raise RecsysError("other columns or types than the first file", p, "make them alike, or compare them one by one")
+            self.schema = schema; self.files.append((p, rows))
+        self.rows = sum(n for _, n in self.files)
+
+    @contextmanager
+    def _readable(self, path: str):
+        try: yield
         except (pl.exceptions.PolarsError, OSError) as e:
-            raise RecsysError(f"not readable as Parquet ({str(e).splitlines()[0][:120]})", self.path, f"give a Parquet file as the {self.what}") from None
+            raise RecsysError(f"not readable as Parquet ({(str(e).splitlines() or ['?'])[0][:120]})", path, f"give a whole Parquet file as the {self.what}") from None
 
     def batches(self, columns: list[str], size: int = BATCH):
         "(number of the first row, frame) of one batch after the other."
-        start = 0
         if self.frame is not None:
             if columns: yield 0, self.frame.select(columns)
             return
-        if not columns or not self.rows: return
-        try:
-            for part in self.lazy.select(columns).collect_batches(chunk_size=size, maintain_order=True):
-                yield start, part
-                start += part.height
-        except (pl.exceptions.PolarsError, OSError) as e:
-            raise RecsysError(f"not readable as Parquet ({str(e).splitlines()[0][:120]})", self.path, "look at the file") from None
+        begin = 0
+        for path, rows in self.files if columns else ():
+            lazy = pl.scan_parquet(path).select(columns)
+            for at in range(0, rows, size):                  # of row groups outside of a slice nothing is read
+                with self._readable(path): part = lazy.slice(at, size).collect()
+                yield begin + at, part
+            begin += rows
 
     def column(self, name: str) -> pl.Series:
         "One column, whole."
-        return self.frame[name] if self.frame is not None else self.lazy.select(name).collect().get_column(name)
+        return self.frame[name] if self.frame is not None else pl.concat([pl.scan_parquet(p).select(name).collect() for p, _ in self.files])[name]
 
 # %% ../../nbs/7_monitoring/01_statistics.ipynb #60f3a00f
 def buckets_of(frame: pl.DataFrame, unit: str | None, buckets: int = 64, start: int = 0) -> np.ndarray:

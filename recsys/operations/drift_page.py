@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'LAMP', 'PICTURES', 'ROWS', 'HEAD', 'ModelDrift', 'DriftReport', 'report_of', 'json_schema', 'effect_line',
-           'overlay', 'column_row', 'columns_table', 'html_of', 'read_model', 'some_rows', 'explained', 'plan_of',
-           'peak_mb', 'write_report', 'drift_report']
+           'overlay', 'how_large', 'column_row', 'columns_table', 'html_of', 'read_model', 'some_rows', 'explained',
+           'plan_of', 'peak_mb', 'write_report', 'drift_report']
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #f35beaec
-import math, resource, time
+import math, resource, shutil, time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from msgspec import Struct
 
 from ..core.files import atomic_file
 from ..core.settings import RecsysError, find_settings, load_settings
-from ..monitoring.drift import Column, Comparison, Histogram, Plan, judge, profile_of
+from ..monitoring.drift import Column, Comparison, Histogram, Plan, Profile, judge, profile_of
+from ..monitoring.profiles import load_profile, save_profile
 from ..monitoring.statistics import Table, measure
 from .report import cards, details, escape, headline, html_table, note, page, show
 
@@ -83,6 +84,9 @@ def effect_line(c: Column, wide: int = 150) -> str:
 def overlay(h: Histogram | None, wide: int = 170, high: int = 44) -> str:
     "Reference and current shares as two stepped lines with the difference shaded, inline SVG."
     if h is None or not h.reference: return ""
+    rest = 1 if h.names and len(h.names) > 1 else 0                 # all others together would dwarf the rest, and are not drawn
+    first, last = (0, len(h.reference) - rest) if h.names else (int(not h.current[0]), len(h.reference) - int(len(h.reference) > 1 and not h.current[-1]))
+    h = Histogram(h.edges[first:last - 1] if h.edges else [], h.names[:last], h.reference[first:last], h.current[first:last]) if last - first > 1 else h
     k, top = len(h.reference), max([*h.reference, *h.current, 1e-9])
     x, y = (lambda i: 2 + i * (wide - 4) / k), (lambda v: 2 + (high - 4) * (1 - v / top))
     step = lambda values: " ".join(f"{x(i):.1f},{y(v):.1f} {x(i + 1):.1f},{y(v):.1f}" for i, v in enumerate(values))
@@ -100,6 +104,14 @@ def _bin(h: Histogram, i: int) -> str:
     if not h.edges: return "all"
     return f"up to {show(h.edges[0])}" if i == 0 else f"above {show(h.edges[-1])}" if i == len(h.edges) else f"{show(h.edges[i - 1])} to {show(h.edges[i])}"
 
+def how_large(c: Column) -> str:
+    "An effect in words and its own unit."
+    if c.effect is None: return "–"
+    unit = dict(wasserstein=" sd", psi=" PSI")
+    points = lambda x: f"{100 * x:.1f}".replace("-", "−")
+    value, limit = (f"{points(v)} points" if c.effect_name in ("missing", "unseen", "share") else show(v, "{:.3f}" if abs(v) < 100 else None) + unit.get(c.effect_name, "") for v in (c.effect, c.limit))
+    return f"{dict(wasserstein='shift', psi='shape', share='one value’s share', missing='missing', unseen='unseen values')[c.effect_name]} {value}, limit {limit}"
+
 # %% ../../nbs/9_operations/20_drift_page.ipynb #36b76fb4
 LAMP = {"material": "bad", "moved but immaterial": "warning", "not enough data": "info", "stable": "good"}
 PICTURES, ROWS = 60, 200   # columns with pictures, and rows of a table, at most
@@ -112,10 +124,10 @@ def column_row(c: Column, pictures: bool = True) -> list[str]:
     "The cells of one column."
     name = f"<b>{escape(c.name[:80])}</b><br><span class='hint'>{escape(c.kind)}</span>"
     verdict = f'<span class="word {LAMP[c.verdict]}">{escape(c.verdict)}</span>' + (f'<span class="hint">{escape(c.note[:200])}</span>' if c.note else "")
-    effect = f"{show(c.effect)} <span class='hint'>{escape(c.effect_name)}, limit {show(c.limit)}</span>" if c.effect is not None else "–"
+    effect = f"<span class='hint'>{escape(how_large(c))}</span>" if c.effect is not None else "–"
     news = f"<span class='hint'>{escape(', '.join(v[:30] for v in c.unseen_values[:3]))}</span>" if c.unseen_values and (c.unseen_share or 0) > 0 else ""
     weight = "–" if c.shap_share is None else f"{c.shap_share:.1%}<span class='hint'>{_signed(c.shap_share_delta)} points</span>"
-    return [name, verdict, effect + (effect_line(c) if pictures else ""), overlay(c.histogram) if pictures else "", show(c.p_adjusted, "{:.3g}"),
+    return [name, verdict, (effect_line(c) if pictures else "") + effect, overlay(c.histogram) if pictures else "", "–" if c.p_adjusted is None else "< 0.001" if c.p_adjusted < .001 else f"{c.p_adjusted:.3f}",
             show(c.psi, "{:.3f}"), show(c.ks, "{:.3f}"), f"{_percent(c.missing_current)}<span class='hint'>{_signed(c.missing_delta)} points</span>" if c.missing_delta is not None else "–",
             _percent(c.unseen_share) + news, weight]
 
@@ -229,7 +241,24 @@ def write_report(r: DriftReport, out: str | Path) -> Path:
     return out/"report.html"
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #6d86e770
-def drift_report(reference: str | Path, # Parquet file or pattern
+def _reference(path: str | Path, unit: str | None, current: Table, plan: Plan) -> tuple[Profile, list[Table]]:
+    "A profile that was kept, or one of a table, and the tables at hand."
+    if not (Path(path)/"profile.json").exists():
+        table = Table(path, "reference")
+        return profile_of(table, unit, [current], plan.buckets), [table, current]
+    profile = load_profile(path)
+    if profile.unit != unit: raise RecsysError(f"this profile was made with {f'--unit {profile.unit}' if profile.unit else 'no --unit'}", str(path), "name the same unit")
+    return profile, [current]
+
+def _with_scores(profile: Profile, now, frames: list[pl.DataFrame], plan: Plan):
+    "Add the column `prediction` to both windows."
+    scores = profile_of(frames[0], plan.unit, frames[1:], plan.buckets)
+    for w, part in ((profile.window, scores.window), (now, measure(frames[1], scores.frozen, plan.unit, plan.buckets))):
+        w.counts |= part.counts; w.kinds |= part.kinds; w.types |= part.types
+    profile.frozen |= scores.frozen
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #349ceb6b
+def drift_report(reference: str | Path, # Parquet file or pattern, or a profile that an earlier report left
                  current: str | Path,   # Parquet file or pattern
                  out: str | Path,       # folder
                  unit: str | None = None, # column that says whose row it is
@@ -238,17 +267,15 @@ def drift_report(reference: str | Path, # Parquet file or pattern
     "Compare two tables and write the report."
     begin, cpu = time.perf_counter(), time.process_time()
     plan, rows, threads = plan_of(unit)
-    tables = [Table(reference, "reference"), Table(current, "current window")]
+    table = Table(current, "current window")
+    profile, tables = _reference(reference, unit, table, plan)
+    if model and len(tables) < 2: raise RecsysError("a profile has no rows to explain", "--model", "give the reference as a table")
     booster = read_model(model, [t.schema for t in tables]) if model and all(t.rows for t in tables) else None
-    profile = profile_of(tables[0], unit, tables[1:], plan.buckets)
-    now, said, share = measure(tables[1], profile.frozen, unit, plan.buckets), None, {}
+    now, said, share = measure(table, profile.frozen, unit, plan.buckets), None, {}
+    if len(tables) == 2: _keep(profile, Path(out)/"profile")
     if booster:
         said, share, frames = explained(booster, *tables, unit, rows, plan.seed, threads)
-        scores = profile_of(frames[0], unit, frames[1:], plan.buckets)
-        for w, frame in ((profile.window, None), (now, frames[1])):
-            part = scores.window if frame is None else measure(frame, scores.frozen, unit, plan.buckets)
-            w.counts |= part.counts; w.kinds |= part.kinds; w.types |= part.types
-        profile.frozen |= scores.frozen
+        _with_scores(profile, now, frames, plan)
     found = judge(profile, now, [], plan, tables=tables)
     for c in found.columns: c.shap_share, c.shap_share_delta = share.get(c.name, (None, None))
     if said: said.weight_moved = sum(c.shap_share or 0 for c in found.columns if c.verdict == "material")
@@ -256,3 +283,9 @@ def drift_report(reference: str | Path, # Parquet file or pattern
     r.seconds, r.cpu_seconds, r.peak_rss_mb = round(time.perf_counter() - begin, 3), round(time.process_time() - cpu, 3), round(peak_mb(), 1)
     write_report(r, out)
     return r
+
+def _keep(profile: Profile, folder: Path):
+    "Leave a profile in place of the one that is there."
+    if folder.parent.is_file(): raise RecsysError("this is a file", str(folder.parent), "name a folder")
+    if (folder/"profile.json").exists(): shutil.rmtree(folder)
+    save_profile(profile, folder)
