@@ -311,6 +311,19 @@ def _bench_serving(a):
           f"{said['ratio_to_usual']:.1f} times that; {said['rps_sustained']:,} requests a second kept up, p99 {said['p99_ms']:.1f} ms. Look at {bench_page('serving', s, [a.out])}")
     return 0
 
+def _bench_drift(a):
+    from rich.console import Console
+    from recsys.core.settings import load_settings
+    from recsys.operations.bench_drift import bench_drift
+    from recsys.operations.figures import bench_page
+    s = load_settings()
+    with Console(stderr=True).status("measuring") as status:
+        said = bench_drift(a.out, s, a.runs, a.rows, a.many, not a.no_peers, a.real, say=lambda note: status.update(f"measuring: {note}"))
+    f, ratio = said["false_alarms"], said["ratio_to_evidently"]
+    print(f"false alarms {f['rate']:.2%} ({f['low']:.2%} to {f['high']:.2%}) of {f['runs']:,} reports; planted drifts found {said['planted_found']} of 6, {said['planted_false']} false; {said['rows']:,} rows against a profile: "
+          f"{said['cpu_seconds_1m']:.1f} CPU s, {said['peak_rss_mb_1m']:,.0f} MB; Evidently {f'{ratio:.0f} times the CPU' if ratio else 'not measured: ' + said['evidently'].get('skipped', '')}. Look at {bench_page('drift', s, [a.out])}")
+    return 0
+
 def _bench_shop(a):
     from rich.console import Console
     from recsys.core.settings import load_settings
@@ -397,6 +410,10 @@ def parser() -> argparse.ArgumentParser:
     c = of(bench, "serving", _bench_serving, "what a list costs in the engine and over HTTP, on a simulated shop, beside the usual service")
     c.add_argument("--items", type=int, default=100_000); c.add_argument("--users", type=int, default=200_000)
     c.add_argument("--seconds", type=float, default=10, help="of load for each figure")
+    c = of(bench, "drift", _bench_drift, "false alarms, power, planted drifts and cost of the drift reports, beside Evidently in an environment of its own")
+    c.add_argument("--runs", type=int, default=300, help="reports for each rate with few rows; fewer with many"); c.add_argument("--rows", type=int, default=1_000_000, help="of the tables whose cost is measured")
+    c.add_argument("--many", type=int, default=100, metavar="N", help="and once N times as many, for the memory"); c.add_argument("--no-peers", action="store_true", help="without Evidently")
+    c.add_argument("--real", metavar="DIR", help="a folder with online_retail and eshop_2008 as Parquet: what would have been flagged, month by month and week by week")
     command("status", _status, "the last runs and what is being served")
     return p
 

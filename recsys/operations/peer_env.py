@@ -26,21 +26,21 @@ def _run(command: list, what: str, todo: str):
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode: raise RecsysError((done.stdout.strip().splitlines() or ["no word"])[-1], what, todo)
 
-def environment(settings: Settings) -> Path:
+def environment(settings: Settings, pins: str = PINS) -> Path:
     "The folder of the peers' environment, made or not."
-    pins = settings.resolve(PINS)
-    if not pins.exists(): raise RecsysError("no such file", str(pins), "settings.ini belongs beside nbs/: copy or link that folder of the repository")
-    return settings.data_dir/"peers"/digest(pins.read_text(encoding="utf-8"), sys.version)
+    file = settings.resolve(pins)
+    if not file.exists(): raise RecsysError("no such file", str(file), "settings.ini belongs beside nbs/: copy or link that folder of the repository")
+    return settings.data_dir/"peers"/digest(file.read_text(encoding="utf-8"), sys.version)
 
-def peer_python(settings: Settings, say=lambda note: None) -> Path: # the interpreter
+def peer_python(settings: Settings, say=lambda note: None, pins: str = PINS) -> Path: # the interpreter
     "The Python of the peers' environment, which is made first if it is not there."
-    home = environment(settings)
+    home = environment(settings, pins)
     if not home.is_dir():
         say("making the peers' environment")
         with atomic_dir(home) as tmp:
             _run([sys.executable, "-m", "venv", tmp], "peers' environment", "Debian has venv in the package python3-venv")
-            _run([tmp/"bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "-r", settings.resolve(PINS)],
-                 f"peers' environment, {PINS}", "look at the network and at the pins, or bench without --peers")
+            _run([tmp/"bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "-r", settings.resolve(pins)],
+                 f"peers' environment, {pins}", "look at the network and at the pins, or bench without --peers")
     return home/"bin/python"
 
 # %% ../../nbs/9_operations/15_peer_env.ipynb #26ef59d4
