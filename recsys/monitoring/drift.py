@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import polars as pl
 from msgspec import Struct
+from threadpoolctl import threadpool_limits
 
 from ..core.settings import RecsysError
 from .statistics import (SAMPLE, Counts, Frozen, Table, Window, chi2, coarse, coarsen, coarser, columns_of, count, exact_distances,
@@ -375,7 +376,8 @@ def judge(profile: Profile, now: Window, before: list[Window], plan: Plan, min_u
     else:
         found = [x for c in kinds if (x := oddity(c, profile.window, now))]
         odd = {x.name for x in found}
-        found += (comparable := compared(profile, now, before, plan, [c for c in kinds if c not in odd], short))
+        with threadpool_limits(1, "blas"):                  # products of 64 by 64: a second thread would only wait, and burn
+            found += (comparable := compared(profile, now, before, plan, [c for c in kinds if c not in odd], short))
         if len(tables) == 2 and max(rows.values()) <= SAMPLE: make_exact(comparable, *tables)
     found.sort(key=lambda c: (VERDICTS.index(c.verdict), -c.severity, c.name))
     alarm = any(c.verdict == "material" for c in found)
