@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from recsys.core.settings import RecsysError
-from recsys.monitoring import drift as dr, profiles as pr, statistics as ms
+from recsys.monitoring import drift as dr, profiles as pr, root_cause as rc, statistics as ms
 
 WORDS = st.one_of(st.none(), st.sampled_from(["a", "b", "", "né", "x" * 40]), st.text(max_size=4))
 NUMBERS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.integers(-2**53, 2**53).map(float))
@@ -132,3 +132,53 @@ def test_memory_is_flat(tmp_path):
         assert ms.measure(ms.Table(tmp_path/"t.parquet"), profile.frozen, "u").rows == n
         peaks.append(tracemalloc.get_traced_memory()[1]); tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
+
+
+# ---- where, and since when
+
+def shop(n, seed, broken=False, users=None):
+    rng = np.random.default_rng(seed)
+    device, day = rng.choice(["phone", "desktop", "tablet"], n, p=[.6, .3, .1]), rng.integers(0, 10, n)
+    price = rng.lognormal(2, 1, n) * np.where(broken & (device == "tablet") & (day >= 5), 6, 1)
+    return pl.DataFrame(dict(user=rng.integers(0, users or n // 8, n), price=price, holes=np.where(rng.random(n) < np.where(broken & (device == "phone"), .3, .1), np.nan, 1.), device=device,
+                             country=rng.choice(["AT", "DE", "FR", None], n), day=[date(2026, 3, 1) + timedelta(int(d)) for d in day]))
+
+
+def blame(a, b):
+    profile = dr.profile_of(a, "user", [b])
+    now = ms.measure(b, profile.frozen, "user")
+    return rc.root_causes(dr.compare(a, b, "user").columns, profile, now, [ms.Table(a), ms.Table(b)])
+
+
+def test_the_segment_that_drifted_is_named():
+    found = {c.column: c for c in blame(shop(30_000, 1), shop(30_000, 2, True))}
+    assert (found["price"].segment, found["price"].value, found["price"].since) == ("device", "tablet", "2026-03-06")
+    assert found["price"].explained == pytest.approx(1, abs=.15) and found["price"].p <= .01 and found["price"].after < found["price"].before
+    assert (found["holes"].segment, found["holes"].value, found["holes"].since) == ("device", "phone", "2026-03-01")
+    assert "device = tablet" in rc.cause_sentence(found["price"])
+
+
+def test_a_drift_that_is_everywhere_blames_nobody():
+    "At 1 % at most 3 of 30 searches find something (binomial: 99.7 %)."
+    a, hits = shop(8000, 1), 0
+    for k in range(30): hits += bool(blame(a, shop(8000, 10 + k).with_columns(pl.col("price") * 1.4)))
+    assert hits <= 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=6))
+def test_parts_add_up(segments):
+    rows = lambda i: rc.Tally([str(k) for k in range(len(segments))], np.array([[s[i] + s[i + 1]] for s in segments]), np.array([[s[i]] for s in segments]))
+    r, c = rows(0), rows(2)
+    if not r.rows.sum() or not c.rows.sum(): return
+    within, mix = rc.parts(r, c)
+    assert (within + mix).sum() == pytest.approx(c.hits.sum() / c.rows.sum() - r.hits.sum() / r.rows.sum(), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 9), st.floats(.02, .4))
+def test_the_day_of_a_change(k, before):
+    rng = np.random.default_rng(k)
+    rows = np.full(10, 4000)
+    hits = rng.binomial(rows, np.where(np.arange(10) >= k, min(before + .3, .9), before))
+    assert rc.change_day([f"{i}" for i in range(10)], hits, rows, before) == str(k)

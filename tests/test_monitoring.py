@@ -268,8 +268,8 @@ def test_odd_columns():
         pl.col("ts") + timedelta(days=60), pl.col("grown").cast(pl.Float32))
     report = dr.compare(a, b, "user")
     verdict = {c.name: c.verdict for c in report.columns}
-    assert {k for k, v in verdict.items() if v == "material"} == {"fell", "filled", "emptied", "gone", "type", "ts"}
-    assert {k for k, v in verdict.items() if v == "not enough data"} == {"list", "new"}
+    assert {k for k, v in verdict.items() if v == "material"} == {"fell", "filled", "emptied", "gone", "type"}
+    assert {k for k, v in verdict.items() if v == "not enough data"} == {"list", "new"} and verdict["ts"] == "moved but immaterial"
     note = {c.name: c.note for c in report.columns}
     assert "gone" in note["gone"] and "new" in note["new"] and "Int64 to String" in note["type"] and "infinite" in note["inf"]
     json.dumps(dr.to_dict(report), allow_nan=False)

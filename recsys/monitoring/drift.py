@@ -6,8 +6,8 @@
 __all__ = ['SCHEMA', 'VERDICTS', 'TESTS_OF', 'Effect', 'Histogram', 'Column', 'Comparison', 'to_dict', 'draws',
            'distance_interval', 'change_interval', 'groups_of', 'effect_samples', 'natural_limit', 'past_effects',
            'effects_of', 'verdict_of', 'histogram_of', 'column_of', 'oddity', 'unit_counts', 'shortage',
-           'assumption_of', 'sentence_of', 'Plan', 'note_of', 'Profile', 'profile_of', 'compared', 'make_exact',
-           'judge', 'compare']
+           'assumption_of', 'sentence_of', 'Plan', 'note_of', 'Profile', 'profile_of', 'clocked', 'compared',
+           'make_exact', 'judge', 'compare']
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #5854f485
 import msgspec
@@ -321,6 +321,12 @@ def profile_of(reference: "Table | pl.DataFrame", unit: str | None = None, also:
     return Profile(frozen, measure(reference, frozen, unit, buckets), unit, buckets)
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #f2128bff
+def clocked(c: Counts) -> bool:
+    "Do nearly all times of a window lie before or after all those of the reference? Then a column of times says when, which is no drift."
+    cells = c.cells.sum(0)
+    return max(cells[0], cells[-1]) >= .99 * cells.sum() > 0
+
+# %% ../../nbs/7_monitoring/02_drift.ipynb #6655ab7c
 def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, names: list[str], short: str = "") -> list[Column]:
     "The findings about the columns `names`; `short` says why they are too few rows for a verdict."
     fine = {n: profile.frozen[n] for n in names}
@@ -335,6 +341,8 @@ def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, 
         column = column_of(f, profile.window.counts[n], current.counts[n], effects, p.get(n, {}), plan.alpha, plan.psi_bins)
         column.note = short or note_of(f, profile.window.counts[n], current.counts[n], current.infinite.get(n, 0))
         column.unseen_values = list(current.unseen.get(n, {}))[:5]
+        if f.dtype.startswith("Date") and column.verdict == "material" and clocked(current.counts[n]):
+            column.verdict, column.note = "moved but immaterial", "a clock: one window lies after the other"
         found.append(column)
     return found
 

@@ -21,6 +21,7 @@ from ..core.files import atomic_file
 from ..core.settings import RecsysError, find_settings, load_settings
 from ..monitoring.drift import Column, Comparison, Histogram, Plan, Profile, judge, profile_of
 from ..monitoring.profiles import load_profile, save_profile
+from ..monitoring.root_cause import Cause, cause_sentence, root_causes
 from ..monitoring.statistics import Table, measure
 from .report import cards, details, escape, headline, html_table, note, page, show
 
@@ -48,6 +49,7 @@ class DriftReport(Struct):
     current: str
     made: str                # when, ISO, UTC
     past_windows: int = 0
+    causes: list[Cause] = [] # segments that carry the drift of a column
     model: ModelDrift | None = None
     seconds: float = 0.
     cpu_seconds: float = 0.
@@ -56,10 +58,10 @@ class DriftReport(Struct):
 # %% ../../nbs/9_operations/20_drift_page.ipynb #1214c458
 VERSION = 1   # of report.json; raised when a field changes its meaning or goes away
 
-def report_of(found: Comparison, reference: str, current: str, model: ModelDrift | None = None) -> DriftReport:
+def report_of(found: Comparison, reference: str, current: str, model: ModelDrift | None = None, causes: list[Cause] = ()) -> DriftReport:
     "A comparison as a report."
     same = {f: getattr(found, f) for f in ("alarm", "sentence", "columns", "rows", "units", "assumption", "parameters", "past_windows")}
-    return DriftReport(schema_version=VERSION, reference=reference, current=current, made=datetime.now(timezone.utc).isoformat(timespec="seconds"), model=model, **same)
+    return DriftReport(schema_version=VERSION, reference=reference, current=current, made=datetime.now(timezone.utc).isoformat(timespec="seconds"), model=model, causes=list(causes), **same)
 
 def json_schema() -> bytes:
     "The JSON schema of report.json."
@@ -120,8 +122,9 @@ def _percent(x) -> str: return "–" if x is None else f"{x:.1%}"
 
 def _signed(x) -> str: return "–" if x is None else f"{100 * x:+.1f}".replace("-", "−")
 
-def column_row(c: Column, pictures: bool = True) -> list[str]:
+def column_row(c: Column, pictures: bool = True, cause: Cause | None = None) -> list[str]:
     "The cells of one column."
+    worst = f"{escape(cause.segment)} = {escape(cause.value[:40])}<span class='hint'>{cause.explained:.0%} of it{f', since {escape(cause.since)}' if cause.since else ''}</span>" if cause else "–"
     name = f"<b>{escape(c.name[:80])}</b><br><span class='hint'>{escape(c.kind)}</span>"
     verdict = f'<span class="word {LAMP[c.verdict]}">{escape(c.verdict)}</span>' + (f'<span class="hint">{escape(c.note[:200])}</span>' if c.note else "")
     effect = f"<span class='hint'>{escape(how_large(c))}</span>" if c.effect is not None else "–"
@@ -129,14 +132,15 @@ def column_row(c: Column, pictures: bool = True) -> list[str]:
     weight = "–" if c.shap_share is None else f"{c.shap_share:.1%}<span class='hint'>{_signed(c.shap_share_delta)} points</span>"
     return [name, verdict, (effect_line(c) if pictures else "") + effect, overlay(c.histogram) if pictures else "", "–" if c.p_adjusted is None else "< 0.001" if c.p_adjusted < .001 else f"{c.p_adjusted:.3f}",
             show(c.psi, "{:.3f}"), show(c.ks, "{:.3f}"), f"{_percent(c.missing_current)}<span class='hint'>{_signed(c.missing_delta)} points</span>" if c.missing_delta is not None else "–",
-            _percent(c.unseen_share) + news, weight]
+            _percent(c.unseen_share) + news, weight, worst]
 
 HEAD = [("column", False), ("verdict", False), ("effect, its interval, and the limit", False), ("reference thin, current thick", False), ("p of the whole report", True),
-        ("PSI", True), ("KS", True), ("missing", True), ("unseen", True), ("weight in the model", True)]
+        ("PSI", True), ("KS", True), ("missing", True), ("unseen", True), ("weight in the model", True), ("worst segment", False)]
 
-def columns_table(columns: list[Column], caption: str, pictures: int = PICTURES) -> str:
+def columns_table(columns: list[Column], caption: str, pictures: int = PICTURES, causes: list[Cause] = ()) -> str:
     "Columns as an HTML table; figures that none of them has get no place in it."
-    rows = [column_row(c, i < pictures) for i, c in enumerate(columns[:ROWS])]
+    blame = {c.column: c for c in causes}
+    rows = [column_row(c, i < pictures, blame.get(c.name)) for i, c in enumerate(columns[:ROWS])]
     keep = [j for j in range(len(HEAD)) if j < 3 or any(r[j] not in ("", "–") for r in rows)]
     more = f"{len(columns) - ROWS:,} more columns are in report.json." if len(columns) > ROWS else ""
     return html_table(caption, [HEAD[j] for j in keep], [[r[j] for j in keep] for r in rows], more)
@@ -161,6 +165,7 @@ def _advice(r: DriftReport) -> list[str]:
     broken = [c.name for c in r.columns if c.verdict == "material" and c.note.startswith(("gone", "the type", "no value in the current"))]
     if broken: said.append(f"Look upstream first: {', '.join(broken[:8])} can no longer be read as before.")
     if r.model and abs(shift := r.model.mean_after - r.model.mean_before) > 0: said.append(f"The model's mean raw score went from {show(r.model.mean_before)} to {show(r.model.mean_after)} ({shift:+.3g}).")
+    said += [cause_sentence(c) for c in r.causes]
     if r.alarm and not broken: said.append("Is the change wanted (a season, a price round, a campaign)? Then make the new window the reference; else look at the columns below, the worst first.")
     return said
 
@@ -171,7 +176,7 @@ def html_of(r: DriftReport, crumbs=()) -> str:
     loud = [c for c in r.columns if c not in quiet]
     verdict = "bad" if r.alarm else "info" if r.sentence.startswith("No verdict") else "good"
     body = headline(verdict, r.sentence, *_advice(r)).html + cards(_cards(r)).html
-    if loud: body += "<h2>What moved</h2>" + columns_table(loud, "Columns that moved or cannot be compared, the worst first")
+    if loud: body += "<h2>What moved</h2>" + columns_table(loud, "Columns that moved or cannot be compared, the worst first", causes=r.causes)
     if quiet: body += details(f"{len(quiet)} columns that did not move, as far as can be told", note("Not enough data: neither a change nor its absence is shown.")).html.replace(
         "</details>", columns_table(quiet, "Other columns", max(0, PICTURES - len(loud))) + "</details>")
     facts = [[escape(k), escape(show(v))] for k, v in sorted(r.parameters.items())]
@@ -279,7 +284,8 @@ def drift_report(reference: str | Path, # Parquet file or pattern, or a profile 
     found = judge(profile, now, [], plan, tables=tables)
     for c in found.columns: c.shap_share, c.shap_share_delta = share.get(c.name, (None, None))
     if said: said.weight_moved = sum(c.shap_share or 0 for c in found.columns if c.verdict == "material")
-    r = report_of(found, Path(reference).stem, Path(current).stem, said)
+    causes = root_causes(found.columns, profile, now, tables, plan.alpha, plan.permutations, plan.seed) if len(tables) == 2 else []
+    r = report_of(found, Path(reference).stem, Path(current).stem, said, causes)
     r.seconds, r.cpu_seconds, r.peak_rss_mb = round(time.perf_counter() - begin, 3), round(time.process_time() - cpu, 3), round(peak_mb(), 1)
     write_report(r, out)
     return r
