@@ -164,3 +164,47 @@ def test_a_thousand_columns_stay_a_small_page(tmp_path):
 def _named(folder, frame):
     frame.write_parquet(folder/"n.parquet")
     return folder/"n.parquet"
+
+
+# ---- as a job
+
+def test_the_job_compares_any_two_files(tmp_path):
+    from shop import make_shop, recsys
+    folder = make_shop(tmp_path/"shop")
+    where = lambda seed, dearer: orders(3000, seed, dearer).with_columns(version=pl.lit("v1") if seed == 1 else pl.Series(["v1", "v2"] * 1500))
+    where(1, 1.).write_parquet(folder/"a.parquet")
+    where(2, 1.).with_columns(price=pl.when(pl.col("version") == "v2").then(pl.col("price") * 5).otherwise("price"), shop=pl.col("shop")).write_parquet(folder/"b.parquet")
+    done = recsys(folder, "job", "drift", *(p for k in ("reference=a.parquet", "current=b.parquet", "unit=user_id", "segment=version=v1") for p in ("-p", k)))
+    assert done.returncode == 0, done.stderr
+    page, = (folder/"reports/runs").glob("drift-*/drift.html")
+    text = page.read_text()
+    assert "rs-headline good" in text and len(text) < 300_000 and "1,500 in the reference" not in text
+    r = json.loads((page.parent/"out/report.json").read_text())
+    assert not r["alarm"] and r["rows"] == dict(reference=3000, current=1500)
+    wrong = recsys(folder, "job", "drift", "-p", "reference=2026-01-01..2026-01-07", "-p", "current=2026-01-08..2026-01-14")
+    assert wrong.returncode == 1 and "no profiles of 'events'" in wrong.stderr and wrong.stderr.count("\n") == 1, wrong.stderr
+
+
+def test_windows_of_days_that_were_kept(tmp_path):
+    from shop import make_shop
+    from recsys.core.settings import load_settings
+    from recsys.monitoring.profiles import profile_days, shop_stores
+    s = load_settings(make_shop(tmp_path/"shop")/"settings.ini")
+    rng = np.random.default_rng(0)
+    day = lambda k: pl.DataFrame(dict(visitor=rng.integers(0, 200, 400), price=rng.lognormal(2 + .5 * (k >= 7), 1, 400), version=["v1" if k < 10 else "v2"] * 400))
+    profile_days(shop_stores(s.data_dir, s.data.dataset)["served"], [(f"2026-01-{k + 1:02d}", lambda k=k: day(k)) for k in range(14)], 7)
+    r = dp.asked_report("2026-01-01..2026-01-07", "2026-01-08..2026-01-14", "", "", "", "", "served", tmp_path/"out", s)
+    assert r.alarm and r.rows == dict(reference=2800, current=2800) and [c.name for c in r.columns if c.verdict == "material"] == ["price"]
+    with pytest.raises(RecsysError, match="nothing was kept of 2026-01-01..2026-01-07, version v2"):
+        dp.asked_report("2026-01-01..2026-01-07", "2026-01-08..2026-01-14", "", "", "", "v2", "served", tmp_path/"out", s)
+    with pytest.raises(RecsysError, match="no window of days"): dp.asked_report("2026-01-01..x", "y", "", "", "", "", "served", tmp_path/"out", s)
+    with pytest.raises(RecsysError, match="name current"): dp.asked_report("a", "", "", "", "", "", "served", tmp_path/"out", s)
+
+
+@pytest.mark.parametrize("where,rows", [({}, 40), ({"c": "a"}, 20), ({"c": "a", "k": "1"}, 4), ({"c": "none"}, 0)])
+def test_rows_that_count(tmp_path, where, rows):
+    from recsys.monitoring.statistics import Table
+    t = pl.DataFrame({"c": ["a", "b"] * 20, "k": [i % 5 for i in range(40)], "x": range(40)})
+    a, b = Table(t, "t", where), Table(_written(tmp_path, t), "t", where)
+    assert a.rows == b.rows == rows == sum(f.height for _, f in b.batches(["x"], 7)) and a.column("x").to_list() == b.column("x").to_list()
+    with pytest.raises(RecsysError, match="no column 'z'"): Table(t, "t", {"z": "1"})

@@ -173,6 +173,8 @@ class Drift(Section):
     share_limit: Above0
     missing_limit: Above0
     unseen_limit: Above0
+    profile_days: Positive
+    past_weeks: Annotated[int, Meta(ge=3)]
     users: Positive
     list_length: Positive
     shap_rows: Annotated[int, Meta(ge=50)]

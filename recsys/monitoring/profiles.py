@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'shrink', 'Facts', 'write_window', 'read_facts', 'read_window', 'save_profile', 'load_frozen',
-           'load_profile', 'Store', 'kept', 'window_of', 'weeks_before', 'event_rows', 'served_rows', 'profile_days']
+           'load_profile', 'Store', 'kept', 'window_of', 'weeks_before', 'week_report', 'event_rows', 'served_rows',
+           'profile_days', 'shop_stores', 'profile_shop']
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #0738ba44
 import base64, zlib
@@ -16,9 +17,9 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from ..core.files import atomic_dir, atomic_file
+from ..core.files import atomic_dir, atomic_file, digest
 from ..core.settings import RecsysError
-from .drift import Profile, profile_of
+from .drift import Comparison, Plan, Profile, judge, profile_of
 from .statistics import NO_VALUES, Counts, Frozen, Table, Window, coarsen, coarser, measure, no_counts
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #711fffc2
@@ -185,6 +186,18 @@ def weeks_before(store: Store, day: str, weeks: int = 8, length: int = 7, segmen
     found = [window_of(store, (e - timedelta(days=length - 1)).isoformat(), e.isoformat(), segment, model) for e in ends]
     return [w for w in found if w is not None]
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #621cafa2
+def week_report(store: Store, last: str, plan: Plan, weeks: int = 8, length: int = 7, segment: str | None = None, model: str | None = None) -> Comparison | None:
+    "The `length` days up to `last` against the `weeks` windows before them; None if fewer than three of these were kept, or nothing of the last."
+    first = date.fromisoformat(last) - timedelta(days=length - 1)
+    now, past = window_of(store, str(first), last, segment, model), weeks_before(store, str(first), weeks, length, segment, model)
+    if now is None or len(past) < 3: return None
+    total = past[0]
+    for w in past[1:]: total = total + w
+    nothing = lambda counts: {c: Counts(*(np.zeros_like(getattr(n, f)) for f in n.__struct_fields__)) for c, n in counts.items()}
+    base = msgspec.structs.replace(total, counts=nothing(total.counts), rough=nothing(total.rough))
+    return judge(Profile(store.frozen, total, store.unit, store.buckets), now, past, plan, base=base)
+
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #7fbfad6f
 def event_rows(events: pl.DataFrame, items: pl.DataFrame | None = None) -> pl.DataFrame:
     "The columns of events that are profiled: `visitor` and what may drift."
@@ -218,21 +231,35 @@ def served_rows(records) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #f383e16d
-def profile_days(store_folder: str | Path, days, reference_days: int = 28) -> list[str]:
+def profile_days(store_folder: str | Path, days, reference_days: int = 28, again: int = 3) -> list[str]:
     """Keep what is not kept yet of `days`, pairs (ISO day, function that gives a frame with the column `visitor`), in order; the days that were written.
 
-    The first `reference_days` of a new store freeze its cells."""
+    The first `reference_days` of a new store freeze its cells; the last `again` days are written anew, for late events."""
     days, folder = list(days), Path(store_folder)
-    if not days: return []
     if not (folder/"frozen").exists():
-        first = [f for _, make in days[:reference_days] if (f := make()).height]
+        first = [f.drop("day", "version", strict=False) for _, make in days[:reference_days] if (f := make()).height]
         if not first: return []
         Store.begin(folder, profile_of(pl.concat(first), "visitor"))
     store, written = Store(folder), []
-    for day, make in days:
-        if any((folder/f"day={day}").glob("*.parquet")): continue
+    for k, (day, make) in enumerate(days):
+        if k < len(days) - again and any((folder/f"day={day}").glob("*.parquet")): continue
         rows = make()
         for (version,), part in rows.group_by("version") if "version" in rows.columns else [(("",), rows)]:
             store.write(part.drop("day", "version", strict=False), day, model=version or "")
         written.append(day)
     return written
+
+def shop_stores(data_dir: Path, dataset: str) -> dict[str, Path]:
+    "Where the profiles of a shop's events and served lists lie."
+    return {what: Path(data_dir)/"profiles"/f"{what}-{digest(dataset)}" for what in ("events", "served")}
+
+def profile_shop(ingested: str | Path, data_dir: str | Path, dataset: str, most: int = 91) -> dict[str, list[str]]:
+    "Keep the last `most` days of ingested events and of lists that were served, as far as they are not kept yet; the days written."
+    ingested, data_dir, stores = Path(ingested), Path(data_dir), shop_stores(Path(data_dir), dataset)
+    items = pl.read_parquet(ingested/"items.parquet", columns=["item_id", "category"])
+    events = [(p.name[4:], lambda p=p: event_rows(pl.read_parquet(p/"*.parquet", hive_partitioning=False), items)) for p in sorted((ingested/"events").glob("day=*"))[-most:]]
+    def records(folder):
+        for file in sorted(folder.glob("*.jsonl")):
+            with file.open("rb") as f: yield from (l for l in f if l.endswith(b"\n"))
+    served = [(p.name[4:], lambda p=p: served_rows(records(p))) for p in sorted((data_dir/"served").glob("day=*"))[-most:]]
+    return {what: profile_days(stores[what], days) for what, days in (("events", events), ("served", served)) if days}

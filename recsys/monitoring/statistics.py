@@ -142,23 +142,32 @@ BATCH, SAMPLE = 1 << 18, 2_000_000   # rows read at once; rows up to which whole
 
 class Table:
     "A window of rows, as a frame or in Parquet files, read in batches."
-    def __init__(self, rows: "pl.DataFrame | str | Path", what: str = "table"):
+    def __init__(self, rows: "pl.DataFrame | str | Path", what: str = "table", where: dict[str, str] | None = None): # where: {column: value} of the rows that count
+        self.where = where or {}
         self.what, self.frame, self.files = what, rows if isinstance(rows, pl.DataFrame) else None, []
         if self.frame is None and not isinstance(rows, (str, Path)):
             raise RecsysError(f"the {what} is a {type(rows).__name__}, neither a polars DataFrame nor a path", "drift", "collect or convert it first")
         self.path = "" if self.frame is not None else str(rows)
-        if self.frame is not None: self.schema, self.rows = dict(rows.schema), rows.height
+        if self.frame is not None: self.frame = self._those(rows); self.schema, self.rows = dict(rows.schema), self.frame.height
         else: self._look()
+
+    def _those(self, frame):
+        "The rows of a frame, lazy or not, that count."
+        names = frame.columns if isinstance(frame, pl.DataFrame) else frame.collect_schema().names()
+        for column in self.where:
+            if column not in names: raise RecsysError(f"no column '{column}' to choose rows by", self.path or self.what, f"the columns are {', '.join(names[:20])}")
+        return frame.filter(*(pl.col(c).cast(pl.String) == v for c, v in self.where.items())) if self.where else frame
 
     def _look(self):
         pattern = any(c in self.path for c in "*?[") and not Path(self.path).exists()
         paths = sorted(glob(self.path, recursive=True)) if pattern else [self.path] if Path(self.path).is_file() else []
         if not paths: raise RecsysError("no such file", self.path, f"give a Parquet file, or a pattern of them, as the {self.what}")
+        self.rows = 0
         for p in paths:
             with self._readable(p): schema, rows = dict(pl.read_parquet_schema(p)), pl.scan_parquet(p).select(pl.len()).collect().item()
+            with self._readable(p): self.rows += self._those(pl.scan_parquet(p)).select(pl.len()).collect().item() if self.where else rows
             if self.files and schema != self.schema: raise RecsysError("other columns or types than the first file", p, "make them alike, or compare them one by one")
             self.schema = schema; self.files.append((p, rows))
-        self.rows = sum(n for _, n in self.files)
 
     @contextmanager
     def _readable(self, path: str):
@@ -173,15 +182,15 @@ class Table:
             return
         begin = 0
         for path, rows in self.files if columns else ():
-            lazy = pl.scan_parquet(path).select(columns)
+            lazy = pl.scan_parquet(path).select(list(dict.fromkeys([*columns, *self.where])))
             for at in range(0, rows, size):                  # of row groups outside of a slice nothing is read
-                with self._readable(path): part = lazy.slice(at, size).collect()
-                yield begin + at, part
+                with self._readable(path): part = self._those(lazy.slice(at, size).collect())
+                yield begin + at, part.select(columns)
             begin += rows
 
     def column(self, name: str) -> pl.Series:
         "One column, whole."
-        return self.frame[name] if self.frame is not None else pl.concat([pl.scan_parquet(p).select(name).collect() for p, _ in self.files])[name]
+        return self.frame[name] if self.frame is not None else pl.concat([self._those(pl.scan_parquet(p)).select(name).collect() for p, _ in self.files])[name]
 
 # %% ../../nbs/7_monitoring/01_statistics.ipynb #60f3a00f
 def buckets_of(frame: pl.DataFrame, unit: str | None, buckets: int = 64, start: int = 0) -> np.ndarray:

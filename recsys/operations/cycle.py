@@ -43,7 +43,7 @@ def _figures(records: dict) -> dict:
     if "evaluate" in at:
         q = read_json(at["evaluate"]/"evaluation.json")["questions"]
         said |= {key: {n: v[key] for n, v in q.items()} for key in ("metrics", "baselines", "waterfall", "against", "best_baseline")}
-    if "drift" in at: said["drift"] = {k: v for k, v in read_json(at["drift"]/"drift.json").items() if k in ("verdict", "sentence", "material")}
+    if "drift" in at: said["drift"] = {k: v for k, v in read_json(at["drift"]/"drift.json").items() if k in ("verdict", "sentence", "material", "severity")}
     if "publish" in at: said["version"] = read_json(at["publish"]/"publish.json")["version"]
     return said
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'LAMP', 'PICTURES', 'ROWS', 'HEAD', 'ModelDrift', 'DriftReport', 'report_of', 'json_schema', 'effect_line',
-           'overlay', 'how_large', 'column_row', 'columns_table', 'html_of', 'read_model', 'some_rows', 'explained',
-           'plan_of', 'peak_mb', 'write_report', 'drift_report']
+           'overlay', 'how_large', 'column_row', 'columns_table', 'body_of', 'html_of', 'read_model', 'some_rows',
+           'explained', 'plan_here', 'peak_mb', 'write_report', 'drift_report', 'where_of', 'kept_windows',
+           'asked_report', 'asked_block', 'week_block', 'heading', 'trend_frame', 'past_severities']
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #f35beaec
 import math, resource, shutil, time
@@ -18,12 +19,13 @@ import polars as pl
 from msgspec import Struct
 
 from ..core.files import atomic_file
-from ..core.settings import RecsysError, find_settings, load_settings
+from ..core.settings import RecsysError, Settings, find_settings, load_settings
 from ..monitoring.drift import Column, Comparison, Histogram, Plan, Profile, judge, profile_of
-from ..monitoring.profiles import load_profile, save_profile
+from ..monitoring.profiles import Store, kept, load_profile, save_profile, shop_stores, window_of
 from ..monitoring.root_cause import Cause, cause_sentence, root_causes
 from ..monitoring.statistics import Table, measure
-from .report import cards, details, escape, headline, html_table, note, page, show
+from ..monitoring.watch import plan_of
+from .report import Block, cards, details, escape, headline, html_table, note, page, show
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #9e1b7197
 class ModelDrift(Struct):
@@ -170,8 +172,8 @@ def _advice(r: DriftReport) -> list[str]:
     return said
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #54ae765a
-def html_of(r: DriftReport, crumbs=()) -> str:
-    "report.html."
+def body_of(r: DriftReport) -> str:
+    "The body of the page as HTML."
     quiet = [c for c in r.columns if c.verdict in ("stable", "not enough data") and not (c.verdict == "not enough data" and c.note.startswith(("new", "columns of")))]
     loud = [c for c in r.columns if c not in quiet]
     verdict = "bad" if r.alarm else "info" if r.sentence.startswith("No verdict") else "good"
@@ -186,8 +188,12 @@ def html_of(r: DriftReport, crumbs=()) -> str:
         "and of the unseen share. The limit is the larger of the one in the settings and, where past windows were given, what they show as ordinary."
         + ("" if any(c.exact for c in r.columns) else " KS and Wasserstein distances are those of cells (1023 edges of the reference), a little below the exact ones."))).html.replace(
         "</details>", html_table("Parameters", [("name", False), ("value", True)], facts) + "</details>")
+    return body
+
+def html_of(r: DriftReport, crumbs=()) -> str:
+    "report.html."
     kicker = f"{escape(r.current)} against {escape(r.reference)} · {escape(r.made[:16].replace('T', ' '))} UTC · {r.seconds:.1f} s, {r.peak_rss_mb:,.0f} MB"
-    return page("Drift report", body, crumbs, kicker, '<p>The same numbers as JSON: <a href="report.json">report.json</a>, <a href="report.schema.json">its schema</a></p>')
+    return page("Drift report", body_of(r), crumbs, kicker, '<p>The same numbers as JSON: <a href="report.json">report.json</a>, <a href="report.schema.json">its schema</a></p>')
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #6cbfd658
 def read_model(path: str | Path, schemas: list[dict]):
@@ -226,12 +232,12 @@ def explained(model, reference: Table, current: Table, unit: str | None, most: i
     return said, share, [pa, pb]
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #b2050439
-def plan_of(unit: str | None) -> tuple[Plan, int, int]:
+def plan_here(unit: str | None) -> tuple[Plan, int, int]:
     "The plan of a comparison, rows to explain, and threads: from settings.ini if there is one here or above, else the usual ones."
     try: find_settings()
     except RecsysError: return Plan(unit, .01, 999, 0, dict(psi=.1, wasserstein=.04, share=.02, missing=.02, unseen=.01), 10, 400, 64), 2000, 1
-    s = load_settings(); d = s.drift
-    return Plan(unit, d.alpha, d.permutations, s.run.seed, dict(psi=d.psi_limit, wasserstein=d.wasserstein_limit, share=d.share_limit, missing=d.missing_limit, unseen=d.unseen_limit), 10, 400, 64), d.shap_rows, s.run.threads
+    s = load_settings()
+    return plan_of(s, unit), s.drift.shap_rows, s.run.threads
 
 def peak_mb() -> float:
     "The highest memory of this process so far, MB."
@@ -249,7 +255,7 @@ def write_report(r: DriftReport, out: str | Path) -> Path:
 def _reference(path: str | Path, unit: str | None, current: Table, plan: Plan) -> tuple[Profile, list[Table]]:
     "A profile that was kept, or one of a table, and the tables at hand."
     if not (Path(path)/"profile.json").exists():
-        table = Table(path, "reference")
+        table = Table(path, "reference", current.where)
         return profile_of(table, unit, [current], plan.buckets), [table, current]
     profile = load_profile(path)
     if profile.unit != unit: raise RecsysError(f"this profile was made with {f'--unit {profile.unit}' if profile.unit else 'no --unit'}", str(path), "name the same unit")
@@ -268,11 +274,12 @@ def drift_report(reference: str | Path, # Parquet file or pattern, or a profile 
                  out: str | Path,       # folder
                  unit: str | None = None, # column that says whose row it is
                  model: str | Path | None = None, # LightGBM text file
+                 where: dict[str, str] | None = None, # {column: value} of the rows that count, in both tables
                 ) -> DriftReport:
     "Compare two tables and write the report."
     begin, cpu = time.perf_counter(), time.process_time()
-    plan, rows, threads = plan_of(unit)
-    table = Table(current, "current window")
+    plan, rows, threads = plan_here(unit)
+    table = Table(current, "current window", where)
     profile, tables = _reference(reference, unit, table, plan)
     if model and len(tables) < 2: raise RecsysError("a profile has no rows to explain", "--model", "give the reference as a table")
     booster = read_model(model, [t.schema for t in tables]) if model and all(t.rows for t in tables) else None
@@ -295,3 +302,62 @@ def _keep(profile: Profile, folder: Path):
     if folder.parent.is_file(): raise RecsysError("this is a file", str(folder.parent), "name a folder")
     if (folder/"profile.json").exists(): shutil.rmtree(folder)
     save_profile(profile, folder)
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #f14d0de8
+def where_of(segment: str, version: str) -> dict[str, str]:
+    "`country=DE,device=phone` and a version of the model as {column: value}."
+    pairs = [p.split("=", 1) for p in segment.split(",") if p.strip()]
+    if wrong := [p for p in pairs if len(p) < 2]: raise RecsysError(f"'{wrong[0][0]}' is not column=value", "segment", "write e.g. country=DE")
+    return {k.strip(): v.strip() for k, v in pairs} | ({"version": version} if version else {})
+
+def _days(text: str) -> tuple[str, str]:
+    "The first and last day of DAY..DAY."
+    try: first, last = (datetime.strptime(d.strip(), "%Y-%m-%d").date().isoformat() for d in text.split(".."))
+    except ValueError: raise RecsysError(f"'{text}' is no window of days", "drift", "write 2026-01-01..2026-01-28, or name a Parquet file") from None
+    return first, last
+
+def kept_windows(reference: str, current: str, table: str, segment: str, version: str, settings: Settings) -> Comparison:
+    "Two windows of days, DAY..DAY, of the shop's own profiles."
+    stores = shop_stores(settings.data_dir, settings.data.dataset)
+    if table not in stores or not (stores[table]/"frozen").exists(): raise RecsysError(f"no profiles of '{table}'", "drift", "there are events and served, once `recsys run` has kept some")
+    store, windows = Store(stores[table]), []
+    for text in (reference, current):
+        w = window_of(store, *_days(text), segment or None, version or None)
+        if w is None: raise RecsysError(f"nothing was kept of {text}{f', version {version}' if version else ''}", "drift", f"the days are {', '.join(kept(store)['day'].unique().sort()[[0, -1]].to_list())}")
+        windows.append(w)
+    return judge(Profile(store.frozen, windows[0], store.unit, store.buckets), windows[1], [], plan_of(settings, store.unit))
+
+def asked_report(reference: str, current: str, unit: str, model: str, segment: str, version: str, table: str, out: str | Path, settings: Settings) -> DriftReport:
+    "The report on two files or two windows of days, written to `out`."
+    if not current: raise RecsysError("only a reference was named", "drift", "name current, too")
+    if ".." in reference and not Path(reference).exists():
+        r = report_of(kept_windows(reference, current, table, segment, version, settings), reference, current)
+        write_report(r, out)
+        return r
+    return drift_report(settings.resolve(reference), settings.resolve(current), out, unit or None, settings.resolve(model) if model else None, where_of(segment, version))
+
+def asked_block(r: DriftReport) -> Block:
+    "A report for a notebook."
+    return Block(body_of(r), r.sentence)
+
+def week_block(title: str, comparison: dict) -> Block:
+    "What `week_report` found, from its plain values."
+    columns = msgspec.convert(comparison["columns"], list[Column])
+    return Block(note(f"{title}: {comparison['sentence']}").html + columns_table(columns, title), comparison["sentence"])
+
+def heading(text: str) -> Block:
+    "A heading that is only there if something is under it."
+    return Block(f"<h2>{escape(text)}</h2>", text)
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #e2a5bd24
+def trend_frame(runs: list[tuple[str, dict]], most: int = 5) -> pl.DataFrame: # run, column, times
+    "Effects over their limits by run, of the columns that are largest in the newest; `runs`: (date, {column: effect / limit}), oldest first."
+    if not runs: return pl.DataFrame(schema={"run": pl.String, "column": pl.String, "times": pl.Float64})
+    names = sorted(runs[-1][1], key=lambda c: -runs[-1][1][c])[:most]
+    return pl.DataFrame([(d, c, float(s[c])) for d, s in runs for c in names if c in s], schema={"run": pl.String, "column": pl.String, "times": pl.Float64}, orient="row")
+
+def past_severities(reports: str | Path, most: int = 60) -> list[tuple[str, dict]]:
+    "What the last `most` runs under `reports` said, oldest first."
+    from recsys.operations.index import read_runs
+    runs, _ = read_runs(Path(reports))
+    return [(r.date, r.drift.severity) for r in runs[most - 1::-1] if r.drift and r.drift.severity]

@@ -40,6 +40,7 @@ class Said(Struct):
     verdict: str | None = None
     sentence: str | None = None
     material: list[str] | None = None
+    severity: dict[str, float] | None = None # effect of each column in units of its limit
 
 class Left(Struct):
     "One stage of the recall waterfall."
