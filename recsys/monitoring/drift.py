@@ -327,8 +327,10 @@ def clocked(c: Counts) -> bool:
     return max(cells[0], cells[-1]) >= .99 * cells.sum() > 0
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #6655ab7c
-def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, names: list[str], short: str = "", base: Window | None = None) -> list[Column]:
-    "The findings about the columns `names`; `short` says why they are too few rows for a verdict, `base` is the reference without `past` where it contains them."
+def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, names: list[str], short: str = "", base: Window | None = None, news: dict[str, list[float]] | None = None) -> list[Column]:
+    """The findings about the columns `names`; `short` says why they are too few rows for a verdict, `base` is the reference without `past` where it contains them.
+
+    `news`: by column, the unseen effects that earlier windows had in their time."""
     fine = {n: profile.frozen[n] for n in names}
     rough = {n: coarser(f) for n, f in fine.items()}
     small = lambda w: {n: w.rough[n] if w.rough else coarsen(w.counts[n], f, *rough[n]) for n, f in fine.items() if n in w.counts}
@@ -337,6 +339,7 @@ def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, 
     if not short: p = family(rough, r, c, plan.permutations, plan.seed) if plan.unit else independent_family(fine, profile.window.counts, current.counts)
     for n, f in fine.items():
         usual = past_effects(rough[n], rest[n], [b[n] for b in before if n in b], plan.psi_bins)
+        if news and n in news: usual["unseen"] = news[n]
         effects = effects_of(effect_samples(rough[n], r[n], c[n], draw, plan.psi_bins), plan.limits, usual, p.get(n, {}))
         column = column_of(f, profile.window.counts[n], current.counts[n], effects, p.get(n, {}), plan.alpha, plan.psi_bins)
         column.note = short or note_of(f, profile.window.counts[n], current.counts[n], current.infinite.get(n, 0))
@@ -376,8 +379,8 @@ def _windows(reference, current, past, unit, buckets) -> tuple[Profile, Window, 
     return profile, windows[0], windows[1:], [t for t in tables[:2] if isinstance(t, Table)]
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #b692304b
-def judge(profile: Profile, now: Window, before: list[Window], plan: Plan, min_units: int = 20, tables: list[Table] = (), base: Window | None = None) -> Comparison:
-    "The comparison of windows that are counted; with the two `tables` at hand, and small enough, distances are exact. `base`: see `compared`."
+def judge(profile: Profile, now: Window, before: list[Window], plan: Plan, min_units: int = 20, tables: list[Table] = (), base: Window | None = None, news: dict[str, list[float]] | None = None) -> Comparison:
+    "The comparison of windows that are counted; with the two `tables` at hand, and small enough, distances are exact. `base`, `news`: see `compared`."
     rows, units = {"reference": profile.window.rows, "current": now.rows}, unit_counts(profile.window, now, plan.unit)
     kinds, short = now.kinds | profile.window.kinds, shortage(rows, units, min_units)
     if not all(rows.values()): found = [Column(c, k, "not enough data", short) for c, k in kinds.items()]
@@ -385,7 +388,7 @@ def judge(profile: Profile, now: Window, before: list[Window], plan: Plan, min_u
         found = [x for c in kinds if (x := oddity(c, profile.window, now))]
         odd = {x.name for x in found}
         with threadpool_limits(1, "blas"):                  # products of 64 by 64: a second thread would only wait, and burn
-            found += (comparable := compared(profile, now, before, plan, [c for c in kinds if c not in odd], short, base))
+            found += (comparable := compared(profile, now, before, plan, [c for c in kinds if c not in odd], short, base, news))
         if len(tables) == 2 and max(rows.values()) <= SAMPLE: make_exact(comparable, *tables)
     found.sort(key=lambda c: (VERDICTS.index(c.verdict), -c.severity, c.name))
     alarm = any(c.verdict == "material" for c in found)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'shrink', 'Facts', 'write_window', 'read_facts', 'read_window', 'save_profile', 'load_frozen',
-           'load_profile', 'Store', 'kept', 'window_of', 'weeks_before', 'week_report', 'event_rows', 'served_rows',
-           'profile_days', 'shop_stores', 'profile_shop']
+           'load_profile', 'Store', 'kept', 'window_of', 'weeks_before', 'without_rows', 'week_report', 'event_rows',
+           'served_rows', 'profile_days', 'shop_stores', 'profile_shop']
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #0738ba44
 import base64, zlib
@@ -187,6 +187,11 @@ def weeks_before(store: Store, day: str, weeks: int = 8, length: int = 7, segmen
     return [w for w in found if w is not None]
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #621cafa2
+def without_rows(window: Window) -> Window:
+    "The same window with counts of zero."
+    nothing = lambda counts: {c: Counts(*(np.zeros_like(getattr(n, f)) for f in n.__struct_fields__)) for c, n in counts.items()}
+    return msgspec.structs.replace(window, counts=nothing(window.counts), rough=nothing(window.rough))
+
 def week_report(store: Store, last: str, plan: Plan, weeks: int = 8, length: int = 7, segment: str | None = None, model: str | None = None) -> Comparison | None:
     "The `length` days up to `last` against the `weeks` windows before them; None if fewer than three of these were kept, or nothing of the last."
     first = date.fromisoformat(last) - timedelta(days=length - 1)
@@ -194,9 +199,7 @@ def week_report(store: Store, last: str, plan: Plan, weeks: int = 8, length: int
     if now is None or len(past) < 3: return None
     total = past[0]
     for w in past[1:]: total = total + w
-    nothing = lambda counts: {c: Counts(*(np.zeros_like(getattr(n, f)) for f in n.__struct_fields__)) for c, n in counts.items()}
-    base = msgspec.structs.replace(total, counts=nothing(total.counts), rough=nothing(total.rough))
-    return judge(Profile(store.frozen, total, store.unit, store.buckets), now, past, plan, base=base)
+    return judge(Profile(store.frozen, total, store.unit, store.buckets), now, past, plan, base=without_rows(total))
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #7fbfad6f
 def event_rows(events: pl.DataFrame, items: pl.DataFrame | None = None) -> pl.DataFrame:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLANTED', 'SIZES', 'TASK', 'PINS', 'RUNNER', 'study_table', 'plant', 'plan_for', 'asked', 'material', 'interval',
-           'false_alarms', 'power', 'planted', 'parity', 'costs', 'evidently_figures', 'shap_figures', 'bench_drift']
+           'false_alarms', 'power', 'planted', 'parity', 'costs', 'evidently_figures', 'shap_figures', 'windows_report',
+           'journey_weeks', 'real_figures', 'bench_drift']
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #85308a23
 import os, resource, subprocess, sys, tempfile, time
@@ -16,8 +17,10 @@ import polars as pl
 
 from ..core.files import read_json, write_json
 from ..core.settings import RecsysError, Settings
+from ..data.datasets import journey_folder
 from ..monitoring.drift import Comparison, Plan, judge, profile_of
-from ..monitoring.statistics import Table, chi2, exact_distances, measure
+from ..monitoring.profiles import without_rows
+from ..monitoring.statistics import chi2, exact_distances, measure
 from . import drift_peer
 from .bench import machine
 from .peer_env import peer_python
@@ -191,6 +194,62 @@ def shap_figures() -> dict: # shap_ratio, shap_max_diff
     except ImportError: return {}
     return shap_bench()
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #e3ac1d38
+def windows_report(frames: list[tuple[str, pl.DataFrame]], plan: Plan, touch: str = "price", least: int = 4, most: int = 8) -> list[dict]: # window, rows, bare, past, planted
+    "Each window against those before it: the columns called material without a past, and with it; `planted`: would 25 % more in the column `touch` have been found?"
+    found, news = [], {}
+    for k in range(2, len(frames)):
+        (name, now), earlier = frames[k], [f for _, f in frames[max(0, k - most):k]]
+        profile = profile_of(pl.concat(earlier), plan.unit, [now])
+        current, *before = (measure(f, profile.frozen, plan.unit) for f in (now, *earlier))
+        bare = judge(profile, current, [], plan)
+        base = without_rows(profile.window)
+        with_past = lambda w: sorted(material(judge(profile, w, before, plan, base=base, news=news)))
+        if k >= least:
+            dearer = measure(now.with_columns(pl.col(touch) * 1.25), profile.frozen, plan.unit)
+            found.append(dict(window=name, rows=now.height, bare=sorted(material(bare)), past=with_past(current), planted=touch in with_past(dearer)))
+        for c in bare.columns:
+            for e in c.effects:
+                if e.name == "unseen": news.setdefault(c.name, []).append(e.value)
+    return found
+
+def _real(name: str, what: str, frames: list, plan: Plan, year: float) -> dict:
+    "The study of one shop; `year`: windows in a year."
+    w = windows_report(frames, plan)
+    rate = lambda key: sum(bool(x[key]) for x in w) / len(w) * year
+    said = f"Of {len(w)} reports {sum(bool(x['bare']) for x in w)} alarm without a past, {sum(bool(x['past']) for x in w)} with it: {rate('bare'):.0f} and {rate('past'):.0f} in a year of as many windows; prices × 1.25 would have been found in {sum(x['planted'] for x in w)} of {len(w)}"
+    return dict(name=name, what=what, windows=w, sentence=said + ".")
+
+def journey_weeks() -> list[tuple[str, pl.DataFrame]]:
+    "The Complete Journey's weeks of purchase lines."
+    t, products = (pl.read_parquet(journey_folder()/f"{n}.parquet") for n in ("transactions", "products"))
+    t = t.filter(pl.col("quantity").is_between(1, 100)).join(products.select("product_id", "department", "brand"), on="product_id", how="left", maintain_order="left")
+    t = t.select("week", unit="household_id", price=pl.col("sales_value") / pl.col("quantity"), quantity="quantity", store=pl.col("store_id").cast(pl.String), department="department", brand="brand",
+                 discount=pl.col("retail_disc") > 0, coupon=pl.col("coupon_disc") > 0, hour=pl.col("transaction_timestamp").dt.hour())
+    return [(f"week {w}", f.drop("week")) for (w,), f in t.sort("week").group_by("week", maintain_order=True) if f.height > 10_000]
+
+def real_figures(folder: str | Path, settings: Settings, say=lambda note: None) -> list[dict]:
+    "The studies of two shops, from Parquet files in `folder` (those that are missing are left out), and of The Complete Journey."
+    found, folder, plan = [], Path(folder), plan_for(settings, "unit")
+    say("The Complete Journey")
+    found.append(_real("The Complete Journey", "lines of receipts by week of 2017 (said to be simulated from real shopping); unit: the household", journey_weeks(), plan, 52))
+    if (file := folder/"online_retail/online_retail.parquet").exists():
+        say("Online Retail")
+        t = pl.read_parquet(file).filter(~pl.col("InvoiceNo").str.starts_with("C"), pl.col("UnitPrice") > 0)
+        t = t.select(month=pl.col("InvoiceDate").dt.strftime("%Y-%m"), unit=pl.coalesce(pl.col("CustomerID").cast(pl.Int64).cast(pl.String), "InvoiceNo"), quantity="Quantity", price="UnitPrice",
+                     product="StockCode", country="Country", hour=pl.col("InvoiceDate").dt.hour(), anonymous=pl.col("CustomerID").is_null())
+        found.append(_real("Online Retail", "lines of invoices by month; unit: the customer, or the invoice where there is none", [(m, f.drop("month")) for (m,), f in t.sort("month").group_by("month", maintain_order=True)], plan, 12))
+    if (file := folder/"eshop_2008/eshop_clickstream_2008.parquet").exists():
+        say("e-shop")
+        t = pl.read_parquet(file)
+        session, = [c for c in t.columns if "session" in c.lower()]
+        t = t.with_columns(pl.col("date").dt.truncate("1w").dt.date().cast(pl.String).alias("week"), pl.col(session).alias("unit")).drop([c for c in ("year", "month", "day", "date", "order", "price2") if c in t.columns] + ([session] if session != "unit" else []))
+        words = [c for c in t.columns if t[c].dtype.is_integer() and c not in ("price", "unit", "page")]
+        t = t.with_columns(pl.col(words).cast(pl.String))
+        weeks = [(w, f.drop("week")) for (w,), f in t.sort("week").group_by("week", maintain_order=True)]
+        found.append(_real("e-shop 2008", "clicks by week, whole weeks; unit: the session", [x for x in weeks if x[1].height > .5 * max(f.height for _, f in weeks) / 2], plan, 52))
+    return found
+
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #7475d00b
 def bench_drift(out: str | Path, settings: Settings, runs: int = 300, rows: int = 1_000_000, many: int = 100, peers: bool = True, real: str | Path | None = None, say=lambda note: None) -> dict:
     "Measure, and write the figures to `out` as JSON."
@@ -206,7 +265,7 @@ def bench_drift(out: str | Path, settings: Settings, runs: int = 300, rows: int 
     said["false_alarm_rate"] = false_alarms(plan, runs, say)
     said["false_alarms"] = interval(sum(f["hits"] for f in said["false_alarm_rate"]), sum(f["runs"] for f in said["false_alarm_rate"]))
     said |= dict(cpu_seconds_1m=cost["frozen"]["cpu_seconds"], peak_rss_mb_1m=cost["frozen"]["peak_rss_mb"], ratio_to_evidently=peer.get("ratio"), report_bytes=cost["report_bytes"], shap_ratio=None, shap_max_diff=None)
-    said |= shap_figures()
+    said |= shap_figures() | dict(real=real_figures(real, settings, say) if real else [])
     said |= dict(seconds=time.time() - begin, measured=datetime.now(timezone.utc).isoformat(timespec="seconds"), load=[round(x, 2) for x in os.getloadavg()], machine=machine())
     write_json(out, said)
     return said

@@ -205,11 +205,14 @@ def _dated(df: pl.DataFrame) -> pl.DataFrame:
 def _trends(runs: list[RunFile], name: str = "ndcg@10", most: int = 60) -> str:
     "Small charts over the last `most` runs; nothing before there are two."
     from recsys.operations.charts import bars, lines
+    from recsys.operations.drift_page import trend_frame
     metric, found = _trend_frames(runs[:most], name)
     drawn = []
     if metric.height and metric["run"].n_unique() > 1:
         drawn.append(lines(metric, "run", name.upper(), "question", f"{name.upper()} over the runs", "low", "high"))
     if found.height > 1: drawn.append(bars(found, "run", "findings", "Inputs that moved materially", height=220))
+    effects = _dated(trend_frame([(r.date, r.drift.severity) for r in runs[:most][::-1] if r.drift and r.drift.severity]))
+    if effects.height and effects["run"].n_unique() > 1: drawn.append(lines(effects, "run", "times", "column", "Drift in units of its limit, the largest of the newest run"))
     return row(*drawn).html if drawn else ""
 
 # %% ../../nbs/9_operations/03_index.ipynb #da02088d
