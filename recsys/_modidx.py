@@ -2562,6 +2562,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'recsys/operations/drift_page.py')},
             'recsys.operations.drift_peer': { 'recsys.operations.drift_peer._module': ( '9_operations/drift_peer.html#_module',
                                                                                         'recsys/operations/drift_peer.py'),
+                                              'recsys.operations.drift_peer._peak_mb': ( '9_operations/drift_peer.html#_peak_mb',
+                                                                                         'recsys/operations/drift_peer.py'),
                                               'recsys.operations.drift_peer._preset': ( '9_operations/drift_peer.html#_preset',
                                                                                         'recsys/operations/drift_peer.py'),
                                               'recsys.operations.drift_peer.answer_task': ( '9_operations/drift_peer.html#answer_task',

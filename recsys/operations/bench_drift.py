@@ -8,7 +8,7 @@ __all__ = ['PLANTED', 'SIZES', 'TASK', 'PINS', 'RUNNER', 'study_table', 'plant',
            'journey_weeks', 'real_figures', 'bench_drift']
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #85308a23
-import os, resource, subprocess, sys, tempfile, time
+import os, subprocess, sys, tempfile, time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -124,17 +124,17 @@ def parity(pairs: int = 60, seed: int = 0) -> dict[str, float]:
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #96b95002
 TASK = """
-import json, resource, sys, time
+import json, sys, time
 from recsys.monitoring.drift import compare
 from recsys.monitoring.profiles import load_profile
-from recsys.operations.drift_page import drift_report
+from recsys.operations.drift_page import drift_report, peak_mb
 what, reference, current, out, small = sys.argv[1:]
 cpu = lambda: time.process_time()
 drift_report(small, small, out + "-small", "user")
 begin = cpu()
 if what == "cold": r = drift_report(reference, current, out, "user")
 else: r = compare(load_profile(reference), current, "user")
-print(json.dumps(dict(cpu_seconds=cpu() - begin, process_cpu_seconds=cpu(), rows=r.rows["current"], peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
+print(json.dumps(dict(cpu_seconds=cpu() - begin, process_cpu_seconds=cpu(), rows=r.rows["current"], peak_rss_mb=peak_mb())))
 """
 
 def _task(what: str, reference, current, out, small, threads: int) -> dict:
