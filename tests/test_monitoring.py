@@ -318,26 +318,6 @@ def model():
     return lgb.train(plan, lgb.Dataset(X, y.astype(int), categorical_feature=[4]), 30), X
 
 
-def test_shap_values(model, monkeypatch):
-    booster, X = model
-    rows = X[:300]
-    oracle = booster.predict(rows, pred_contrib=True)
-    values = at.shap_values(booster, rows)
-    assert values.dtype == np.float64 and np.abs(values - oracle[:, :-1]).max() < 1e-6
-    assert np.abs(values.sum(1) + oracle[:, -1] - booster.predict(rows, raw_score=True)).max() < 1e-6
-    assert at.shap_values(booster, rows[:0]).shape == (0, 5)
-    for broken in (lambda m, r: None, lambda m, r: oracle[:, :-1] + 1e-3):            # shap missing; shap wrong
-        monkeypatch.setattr(at, "_tree_explainer", broken)
-        assert (at.shap_values(booster, rows) == oracle[:, :-1]).all()
-    with pytest.raises(RecsysError, match="features"): at.shap_values(booster, rows[:, :3])
-
-
-def test_shap_package_is_what_answers(model):
-    "Without the fallback: the explainer of the shap package gives LightGBM's values."
-    booster, X = model
-    assert np.abs(at._tree_explainer(booster, X[:50]) - booster.predict(X[:50], pred_contrib=True)[:, :-1]).max() < 1e-6
-
-
 def test_collapse(model):
     booster, X = model
     names, quiet, broken = list("abcde"), X[2000:].copy(), X[2000:].copy()
@@ -353,6 +333,40 @@ def test_collapse(model):
     json.dumps(list(found.values()), allow_nan=False)
     with pytest.raises(RecsysError): at.attribution_drift(before, before[:0], names)
     with pytest.raises(RecsysError, match="unit ids"): at.attribution_drift(before, before, names, [1], [2])
+
+
+def test_trend_and_segments(model):
+    "What broke for a third of the users, in the third week: the trend dates it, the segments place it."
+    booster, X = model
+    names, rng = list("abcde"), np.random.default_rng(3)
+    weeks, kinds = [X[i * 1000:(i + 1) * 1000].copy() for i in range(4)], [rng.integers(0, 3, 1000) for _ in range(4)]
+    for x, k in zip(weeks[2:], kinds[2:]): x[k == 1, 1] = np.nan
+    phi = {f"w{i}": at.shap_values(booster, x) for i, x in enumerate(weeks)}
+    trend = at.attribution_trend(phi, names, {w: np.arange(1000) // 2 for w in phi})
+    b = {t["window"]: t for t in trend if t["name"] == "b"}
+    assert len(trend) == 20 and b["w0"]["ndcg"] == 1 and b["w2"]["share_high"] < b["w0"]["share_low"] and b["w1"]["share_high"] > b["w0"]["share_low"]
+    assert all(np.diff(t["quantiles"]).min() >= 0 and t["share_low"] <= t["share"] <= t["share_high"] for t in trend)
+    assert all(sum(t["share"] for t in trend if t["window"] == w) == pytest.approx(1) for w in phi)
+    found = at.attribution_by_segment(phi["w0"], phi["w3"], names, (kinds[0], kinds[3]))
+    assert [(f["segment"], f["collapsed"]) for f in found if f["collapsed"]] == [("1", ["b"])]
+    assert at.collapse_sentence(at.attribution_drift(phi["w0"], phi["w3"], names), found).count("b where 1") == 1
+    few = at.attribution_by_segment(phi["w0"], phi["w3"], names, (kinds[0], kinds[3]), (np.arange(1000) % 40, np.arange(1000)))
+    assert not any(f["judged"] or f["collapsed"] for f in few)               # 40 users are too few
+    gone = at.attribution_by_segment(phi["w0"], phi["w3"], names, (np.full(1000, "old"), np.full(1000, "new")))
+    assert [(f["segment"], f["rows_before"], f["rows_after"], f["judged"]) for f in gone] == [("new", 0, 1000, False), ("old", 1000, 0, False)]
+    json.dumps([trend, found, few, gone], allow_nan=False)
+
+
+def test_segments_cry_wolf_seldom(model):
+    "No drift, 12 segments: over 40 reports hardly a change whose interval leaves out zero counts as a collapse."
+    booster, X = model
+    phi, rng = at.shap_values(booster, X), np.random.default_rng(4)
+    false = 0
+    for _ in range(40):
+        order = rng.permutation(len(X))
+        a, b = order[:2000], order[2000:]
+        false += any(f["collapsed"] for f in at.attribution_by_segment(phi[a], phi[b], list("abcde"), (rng.integers(0, 12, 2000), rng.integers(0, 12, 2000))))
+    assert false == 0
 
 
 def test_ndcg_as_clarify():
@@ -377,5 +391,5 @@ def test_impact(model):
 
 def test_imports_stay_light():
     heavy = "[m for m in ('shap', 'lightgbm', 'altair', 'pandas') if m in sys.modules]"
-    code = f"import sys; import recsys.monitoring.attribution, recsys.monitoring.drift; print({heavy})"
+    code = f"import sys; import recsys.monitoring.attribution, recsys.monitoring.drift, recsys.monitoring.shap; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

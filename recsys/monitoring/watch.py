@@ -90,7 +90,7 @@ def watch_run(features: str | Path, candidates: str | Path, trained: str | Path,
                     settings.run.seed, d.wasserstein_limit, d.share_limit, d.missing_limit, d.unseen_limit)
     step("distributions")
     (xr, ur), (xc, uc) = (sampled(x, u, d.shap_rows, settings.run.seed) for x, _, u in (reference, current))
-    before, after = (shap_values(ranker, as_served(ranker, x), threads=settings.run.threads)[:, :len(NAMES)] for x in (xr, xc))  # a position is the same for all
+    before, after = (shap_values(ranker, as_served(ranker, x))[:, :len(NAMES)] for x in (xr, xc))  # a position is the same for all
     attribution = attribution_drift(before, after, list(NAMES), ur, uc, seed=settings.run.seed)
     step("attributions")
     said = verdict_of(found, attribution) | dict(
