@@ -1,0 +1,182 @@
+"Concept drift: against simulations whose truth is known, brute force, and no drift at all."
+import json
+from datetime import datetime, timedelta
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from recsys.core.settings import RecsysError
+from recsys.monitoring import concept as co
+
+START = datetime(2026, 3, 1)
+
+
+def late_shop(seed, n=8000, rate=.1, days=20., window=7., mean=2., grows=0.):
+    "Impressions with delayed purchases, as `outcomes` gives them at the end; the truth is the rate within the window."
+    rng = np.random.default_rng(seed)
+    day, took = np.sort(rng.random(n) * days), rng.exponential(mean, n)
+    bought = (rng.random(n) < rate * (1 + grows * (day > days - 2))) & (took <= window)
+    seen = bought & (day + took <= days)
+    at = [START + timedelta(days=d) for d in day]
+    when = pl.Series([a + timedelta(days=t) if s else None for a, t, s in zip(at, took, seen)], dtype=pl.Datetime("us"))
+    rows = pl.DataFrame(dict(visitor_id=[f"v{v}" for v in rng.integers(0, n // 4, n)], ts=at, purchase=seen.astype(int), purchase_ts=when, purchase_complete=day + window <= days))
+    return rows, START + timedelta(days=days), int(window * 1440), rate * (1 - np.exp(-window / mean))
+
+
+def test_delayed_outcomes_are_corrected():
+    "Of 20 shops and 20 days, about 95 % of the intervals hold the truth; what is seen so far is far below it on the last days."
+    inside, bias, raw = [], [], []
+    for seed in range(20):
+        rows, end, minutes, truth = late_shop(seed)
+        t = co.corrected_rates(rows, "purchase", minutes, end, resamples=100)
+        inside += ((t["low"] <= truth) & (t["high"] >= truth)).to_list()
+        bias.append(t["rate"].tail(4).mean() / truth - 1); raw.append(t["seen"].tail(4).mean() / truth - 1)
+        assert (t["ripe"].head(12) == 1).all() and (t["seen"].head(12) == t["rate"].head(12)).all() and t["ripe"][-1] < .4
+    assert .90 <= np.mean(inside) <= .99 and abs(np.mean(bias)) < .05 and np.mean(raw) < -.3
+
+
+def test_a_real_rise_shows_before_the_window_has_passed():
+    rows, end, minutes, truth = late_shop(1, n=40_000, grows=1.)
+    t = co.corrected_rates(rows, "purchase", minutes, end)
+    assert t["low"][-2] > truth * 1.3 and t["seen"][-1] < truth
+
+
+def test_too_few_outcomes_are_an_error():
+    rows, end, minutes, _ = late_shop(2, n=100)
+    with pytest.raises(RecsysError, match="outcomes `purchase`"): co.corrected_rates(rows, "purchase", minutes, end)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 100), max_size=30), st.lists(st.floats(0, 200), min_size=1, max_size=20))
+def test_ripe_is_the_share_that_arrived(delays, ages):
+    found = co.ripe(np.sort(delays), np.array(ages), 100.)
+    for a, f in zip(ages, found):
+        want = 1 if a >= 100 else (np.mean(np.array(delays) <= a) if delays else a / 100)
+        assert f == pytest.approx(want)
+
+
+def shop(seed, n=9000, late=0., days=30, clumsy=0.):
+    "Impressions with true probabilities (visitors differ by `clumsy`); in the app outcomes are rarer by `late` from the middle on."
+    rng = np.random.default_rng(seed)
+    visitor = rng.integers(0, n // 10, n)
+    p, day = rng.beta(1.5, 8, n), np.sort(rng.random(n) * days)
+    true = p * np.exp(rng.normal(-clumsy**2 / 2, clumsy, n // 10))[visitor].clip(0, 3) * np.where((visitor % 2 == 1) & (day > days / 2), 1 - late, 1)
+    return pl.DataFrame(dict(ts=[START + timedelta(days=d) for d in day], visitor_id=visitor, position=rng.integers(1, 6, n),
+                             device=np.where(visitor % 2 == 1, "app", "web"), probability=p, outcome=(rng.random(n) < true).astype(int)))
+
+
+def test_the_alarm_budget_holds():
+    "Without drift, visitors alike or not: of 20 reports with 3 streams at most a few alarm (budget 5 %: more than 4 of 20 have a chance of .3 %)."
+    found = [co.concept_drift(shop(100 + s, 2500, clumsy=.5 * (s % 2)), ["device"], seed=s) for s in range(20)]
+    assert sum(any(f["since"] for f in r["findings"]) for r in found) <= 4
+    assert all(r["false_alarms"] <= r["budget"] for r in found if r["delta"] > co.DELTAS[-1])
+
+
+def test_a_changed_segment_is_found_and_dated():
+    found = [co.concept_drift(shop(200 + s, 12_000, late=.4), ["device"], seed=s) for s in range(6)]
+    app = [next(f for f in r["findings"] if f["segment"] == "device = app") for r in found]
+    assert all(a["since"] for a in app)
+    assert np.median([abs((datetime.fromisoformat(a["since"]) - START).days - 15) for a in app]) <= 2
+    assert all(.85 < a["before"] < 1.15 and .45 < a["after"] < .8 and a["skill"] > 0 for a in app)
+    assert all("device = app" in r["sentence"] and "yesterday" in r["sentence"] for r in found)
+    json.dumps(found, allow_nan=False)
+
+
+def test_young_impressions_do_not_alarm():
+    "The purchases of the last days have not come yet: with `ripe` that is no drift, without it is."
+    rows, end, minutes, truth = late_shop(5, n=12_000, rate=.3)
+    age = ((pl.lit(end) - pl.col("ts")).dt.total_microseconds() / 6e7)
+    rows = rows.with_columns(probability=pl.lit(truth), outcome="purchase", position=1, age=age)
+    rows = rows.with_columns(ripe=pl.Series(co.ripe(co.delays_of(rows, "purchase"), rows["age"].to_numpy(), minutes)))
+    assert not any(f["since"] for f in co.concept_drift(rows, [])["findings"])
+    assert any(f["since"] for f in co.concept_drift(rows.drop("ripe"), [])["findings"])
+
+
+def test_tiny_logs_get_a_sentence():
+    few = co.concept_drift(shop(1, 100), ["device"])
+    assert few["findings"] == [] and "Too few" in few["sentence"]
+    assert co.concept_drift(shop(1, 100).head(0), ["device"])["findings"] == []
+    assert co.skill(shop(1, 50, days=1).with_columns(ts=pl.lit(START))) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(0, 1)), min_size=1, max_size=40))
+def test_no_change_is_yesterdays_rate(rows):
+    frame = pl.DataFrame(rows, schema=["d", "position", "outcome"], orient="row").with_columns(ts=pl.lit(START) + pl.duration(days=pl.col("d")))
+    found = co.no_change(frame)
+    for (d, position, _), value in zip(rows, found):
+        earlier = [x for x, _, _ in rows if x < d]
+        if not earlier: assert np.isnan(value); continue
+        before = max(earlier)
+        mine, everyone = ([y for x, q, y in rows if x == before and (q == position or every)] for every in (False, True))
+        assert value == pytest.approx(np.mean(mine or everyone))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=40))
+def test_split_by_brute_force(values):
+    v = np.array(values)
+    gain = lambda k: abs(v[:k].mean() - v[k:].mean()) * np.sqrt(k * (len(v) - k))
+    assert gain(co.split_of(v)) == pytest.approx(max(gain(k) for k in range(1, len(v))), abs=1e-9)
+
+
+def lists(seed, n=800, shift=0., k=6, meaning=1.):
+    rng = np.random.default_rng(seed)
+    score = -np.sort(-rng.normal(shift, 1, (n, k)), 1)
+    p = 1 / (1 + np.exp(2 - meaning * score)) / (1 + .3 * np.arange(k))
+    at = np.arange(n).repeat(k)
+    return pl.DataFrame(dict(request_id=[f"r{i}" for i in at], position=np.tile(np.arange(1, k + 1), n), score=score.ravel(), outcome=(rng.random((n, k)) < p).ravel().astype(int)))
+
+
+def test_estimates_hold_the_truth():
+    "14 shops, windows of changing mixes, one with other shoppers still: the 95 % intervals hold what is realised in at least 85 % of them."
+    inside = []
+    for s in range(14):
+        rng = np.random.default_rng(s)
+        past = [lists(1000 * s + k, 500, shift=rng.normal(0, .15)) for k in range(6)]
+        for shift in (0, .5): inside += [f["verdict"] == "as expected" for f in co.estimated_performance(past, lists(1000 * s + 50, 500, shift=shift))]
+    assert np.mean(inside) >= .85
+
+
+def test_estimates_are_better_than_the_mean_of_the_past():
+    past = [lists(k, shift=.1 * (-1)**k) for k in range(6)]
+    rate, ndcg = co.estimated_performance(past, lists(9, shift=.8))
+    assert abs(rate["expected"] - rate["realised"]) < .25 * abs(rate["usual"] - rate["realised"])
+    early = co.estimated_performance(past, lists(9, shift=.8).drop("outcome"))[0]
+    assert early["verdict"] == "better" and early["realised"] is None and early["expected"] == rate["expected"]
+    changed = co.estimated_performance(past, lists(9, shift=.8, meaning=0.))[0]
+    assert changed["verdict"] == "changed" and changed["realised"] < changed["low"]
+    json.dumps([rate, ndcg, early], allow_nan=False)
+
+
+def test_estimates_need_windows_and_outcomes():
+    with pytest.raises(RecsysError, match="past windows"): co.estimated_performance([lists(0)], lists(1))
+    none = [lists(k).with_columns(outcome=pl.lit(0)) for k in range(4)]
+    with pytest.raises(RecsysError, match="the same"): co.estimated_performance(none, lists(1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_ndcg_by_brute_force(outcomes):
+    request = np.array([i for i, o in enumerate(outcomes) for _ in o])
+    position, y = np.array([k for o in outcomes for k in range(1, len(o) + 1)]), np.array([v for o in outcomes for v in o], float)
+    dcg = lambda o: sum(v / np.log2(k + 2) for k, v in enumerate(o))
+    want = [dcg(o) / dcg(sorted(o, reverse=True)) for o in outcomes if any(o)]
+    found = co.list_ndcg(request, position, y)
+    assert np.isnan(found) if not want else found == pytest.approx(np.mean(want))
+
+
+def test_expected_ndcg_is_the_mean_over_outcomes():
+    rows = lists(3, n=400)
+    p = np.random.default_rng(1).random(len(rows)) * .3
+    request, position = rows["request_id"].rank("dense").to_numpy().astype(int) - 1, rows["position"].to_numpy()
+    real = np.mean([co.list_ndcg(request, position, (np.random.default_rng(100 + s).random(len(p)) < p).astype(float)) for s in range(60)])
+    assert co.expected_ndcg(request, position, p, throws=200) == pytest.approx(real, abs=.01)
+
+
+def test_concept_is_light_to_import():
+    import subprocess, sys
+    code = "import sys; import recsys.monitoring.concept; print([m for m in ('river', 'pandas', 'sklearn', 'lightgbm', 'scipy.stats') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
