@@ -115,11 +115,11 @@ def test_no_change_is_yesterdays_rate(rows):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=40))
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=90))
 def test_split_by_brute_force(values):
     v = np.array(values)
     gain = lambda k: abs(v[:k].mean() - v[k:].mean()) * np.sqrt(k * (len(v) - k))
-    assert gain(co.split_of(v)) == pytest.approx(max(gain(k) for k in range(1, len(v))), abs=1e-9)
+    assert gain(co.split_of(v)) == pytest.approx(max(gain(k) for k in range(max(len(v) // 20, 1), len(v) - max(len(v) // 20, 1) + 1)), abs=1e-9)
 
 
 def lists(seed, n=800, shift=0., k=6, meaning=1.):

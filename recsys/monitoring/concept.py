@@ -99,10 +99,10 @@ def alarms_of(values: np.ndarray, delta: float) -> list[int]:
     return found
 
 def split_of(values: np.ndarray) -> int:
-    "Where the second part of a stream begins, if it is cut in two with means as different as can be (weighed by n₁n₂)."
-    n, k = len(values), np.arange(1, len(values))
-    gap = np.abs(np.cumsum(values - values.mean())[:-1]) / np.sqrt(k * (n - k))
-    return int(gap.argmax()) + 1
+    "Where the second part of a stream begins, if it is cut in two with means as different as can be (weighed by n₁n₂); neither part is less than a twentieth."
+    n, edge = len(values), max(len(values) // 20, 1)
+    k = np.arange(edge, n - edge + 1)
+    return int(k[(np.abs(np.cumsum(values - values.mean())[k - 1]) / np.sqrt(k * (n - k))).argmax()])
 
 # %% ../../nbs/7_monitoring/09_concept.ipynb #c705f6a3
 DELTAS = (.9, .5, .3, .2, .1, .05, .02, .002)
