@@ -642,6 +642,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'recsys.core.lanes.ticks': ('0_core/lanes.html#ticks', 'recsys/core/lanes.py'),
                                    'recsys.core.lanes.turn': ('0_core/lanes.html#turn', 'recsys/core/lanes.py')},
             'recsys.core.settings': { 'recsys.core.settings.Bench': ('0_core/settings.html#bench', 'recsys/core/settings.py'),
+                                      'recsys.core.settings.Business': ('0_core/settings.html#business', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Candidates': ('0_core/settings.html#candidates', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Checks': ('0_core/settings.html#checks', 'recsys/core/settings.py'),
                                       'recsys.core.settings.Data': ('0_core/settings.html#data', 'recsys/core/settings.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates', 'Index',
-           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Bench', 'Serving', 'Log',
-           'Run', 'Settings', 'find_settings', 'load_settings', 'as_dict']
+           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Business', 'Bench',
+           'Serving', 'Log', 'Run', 'Settings', 'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -178,6 +178,13 @@ class Drift(Section):
     users: Positive
     list_length: Positive
     shap_rows: Annotated[int, Meta(ge=50)]
+    alarm_budget: Annotated[float, Meta(gt=0, lt=1)]
+
+class Business(Section):
+    window_days: Annotated[int, Meta(ge=1, le=28)]
+    weeks: Annotated[int, Meta(ge=3, le=52)]
+    guardrails: tuple[Annotated[str, Meta(pattern=r"^(ctr|conversion|cart_rate|revenue_per_visitor|order_value|diversity|coverage):0?\.\d+$")], ...]
+    floors: tuple[Annotated[str, Meta(pattern=r"^(priced|categorised|in_stock|sold):(0?\.\d+|1)$")], ...]
 
 class Bench(Section):
     peer_cpu_seconds: Positive
@@ -233,6 +240,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     sequence: Sequence
     evaluation: Evaluation
     drift: Drift
+    business: Business
     bench: Bench
     serving: Serving
     log: Log
