@@ -1,0 +1,161 @@
+"What was shown, against brute force; and what was served, recomputed to the bit through the real engine and the real service."
+import json
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from recsys.core.settings import RecsysError
+from recsys.features.definitions import NAMES
+from recsys.monitoring import lists as li
+from recsys.serving.bundle import open_bundle, promote
+from recsys.serving.engine import Engine, Request, recommend
+from recsys.serving.service import Served, served_record
+from test_serving import BUDGET, PER_SOURCE, ask, ids, people, publish, serving, tables
+
+START = datetime(2026, 3, 1, tzinfo=timezone.utc)
+KIND = dict(a="A", b="A", c="B", d="B", e=None)
+SHARE = dict(a=.5, b=.25, c=.125)
+
+
+def record(k, items, visitor="v", day=0, **more):
+    return msgspec.json.encode(dict(request_id=f"r{k}", at=(START + timedelta(days=day)).timestamp(), model_version="v1", variant="default", level=0, asked=0, request=dict(placement="home"),
+                                    visitor_id=visitor, user_id=None, items=[(i, s, 1., [o]) for i, s, o in items]) | more)
+
+
+lists = st.lists(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(-5, 5), st.sampled_from(["repeat", "vector", "segment"])), max_size=7), max_size=8)
+
+@settings(max_examples=60, deadline=None)
+@given(lists)
+def test_rows_by_brute_force(shown):
+    places = li.served_places([record(k, items) for k, items in enumerate(shown)])
+    assert dict(places.schema) == li.PLACES and len(places) == sum(map(len, shown))
+    frames = pl.DataFrame(dict(item_id=list(KIND), category=list(KIND.values()))), pl.DataFrame(dict(item_id=list(SHARE), share=list(SHARE.values())))
+    rows = {r["list"]: r for r in li.list_rows(places, *frames).to_dicts()}
+    assert set(rows) == {f"r{k}" for k, items in enumerate(shown) if items}
+    for k, items in enumerate(shown):
+        if not items: continue
+        r, distinct = rows[f"r{k}"], sorted({i for i, _, _ in items})
+        assert r["size"] == len(items) and r["source_first"] == items[0][2] and r["sources"] == len({o for _, _, o in items})
+        assert (r["score_first"], r["score_last"], r["category_first"]) == (items[0][1], items[-1][1], KIND.get(items[0][0]))
+        assert r["novelty"] == pytest.approx(np.mean([-np.log2(SHARE.get(i, .125)) for i, _, _ in items]))
+        pairs = [KIND.get(a) is None or KIND.get(a) != KIND.get(b) for n, a in enumerate(distinct) for b in distinct[:n]]
+        assert r["diversity"] == (pytest.approx(np.mean(pairs)) if pairs else None)
+    for c in li.day_coverage(places, 6): assert c["coverage"] == len({i for items in shown for i, _, _ in items}) / 6
+    for m in li.position_mix(places):
+        inside = dict(zip(("1", "2-3", "4+"), (range(1), range(1, 3), range(3, 99))))[m["positions"]]
+        own = [o for items in shown for n, (_, _, o) in enumerate(items) if n in inside]
+        assert m["share"] == pytest.approx(own.count(m["source"]) / len(own))
+    json.dumps([li.day_figures(li.list_rows(places, *frames)), li.position_mix(places)], allow_nan=False)
+
+
+def test_lines_that_are_none_are_left_out():
+    whole = record(0, [("a", 1., "repeat")])
+    assert len(li.served_places([whole, whole[:-9], b"", b"[]", b'{"x": 1}', record(1, [], visitor=None)])) == 1
+    alone = li.served_places([record(k, [("a", 1., "repeat")], visitor=None) for k in range(3)])
+    assert alone["visitor_id"].to_list() == ["r0", "r1", "r2"]
+
+
+def week(seed, k, n=500, dead=False, level=0, version="v1"):
+    rng = np.random.default_rng(seed)
+    def items():
+        for s in -np.sort(-rng.normal(size=5)):
+            o = "segment" if dead and rng.random() < .6 else str(rng.choice(["repeat", "vector", "segment"]))
+            yield f"{'abcdef'[rng.integers(0, 2 if o == 'segment' else 6)]}", float(s), o
+    return [record(f"{k}-{i}", list(items()), f"v{rng.integers(0, 150)}", 7 * k + 7 * rng.random(), level=level, model_version=version) for i in range(n)]
+
+
+def rows_of(records):
+    return li.list_rows(li.served_places(records), pl.DataFrame(dict(item_id=list(KIND), category=["A", "A", "B", "B", "C"])), pl.DataFrame(dict(item_id=list(SHARE), share=list(SHARE.values()))))
+
+
+def test_a_dead_source_is_found_and_calm_weeks_are_calm():
+    calm = [rows_of(week(s, s)) for s in range(4)]
+    assert not any(li.list_drift(calm[a], calm[3], [calm[b], calm[c]]).alarm for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1)))
+    found = {c.name: c.verdict for c in li.list_drift(calm[2], rows_of(week(9, 4, dead=True)), calm[:2]).columns}
+    assert found["source_first"] == "material" and found["size"] == found["level"] == "stable"
+    fallen = {c.name: c.verdict for c in li.list_drift(calm[2], rows_of(week(3, 3, level=3)), calm[:2]).columns}
+    assert fallen["level"] == "material" and fallen["source_first"] != "material"
+
+
+def test_scores_of_two_versions_are_not_compared():
+    a, b = rows_of(week(0, 0)), rows_of(week(1, 1, version="v2"))
+    assert "score_first" in {c.name for c in li.list_drift(a, a).columns} and "score_first" not in {c.name for c in li.list_drift(a, b).columns}
+    assert li.list_drift(a, b.head(0)).columns[0].verdict == "not enough data"
+
+
+# ---- train and serve
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0., -0., 1., 1e-45, float("nan"), float("inf"), .1]), min_size=2, max_size=20), st.data())
+def test_features_to_the_bit(values, data):
+    a = np.array(values[:len(values) // 2 * 2], np.float32).reshape(-1, 2)
+    b = a.copy()
+    assert li.compared_features(a, b, ["p", "q"]) == []
+    r, c = data.draw(st.integers(0, len(a) - 1)), data.draw(st.integers(0, 1))
+    b[r, c] = np.nextafter(np.float32(3), np.float32(4))
+    found, = li.compared_features(a, b, ["p", "q"])
+    assert found["name"] == "pq"[c] and found["rows"] == 1 and found["share"] == 1 / len(a)
+    json.dumps(found, allow_nan=False)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(RecsysError, match="recomputed"): li.compared_features(np.zeros((2, 3), np.float32), np.zeros((3, 3), np.float32), list("abc"))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lists")
+    publish(folder); publish(folder, "v2", tables(seed=7)); promote(folder/"bundles", "v1")
+    return folder
+
+@pytest.fixture(scope="module")
+def engines(shop):
+    def of(version):
+        b = open_bundle(shop/"bundles"/version)
+        return Engine(b.state, b.ranker, PER_SOURCE, BUDGET, b)
+    return {v: of(v) for v in ("v1", "v2")}
+
+def logged(engine, request):
+    answer = recommend(engine, request, "r")
+    return msgspec.json.decode(served_record(engine, request, answer, 0, engine.last, 1772323200.), type=Served)
+
+@settings(max_examples=80, deadline=None)
+@given(st.builds(Request, n=st.integers(1, 30), user_id=people, cart=st.lists(ids, max_size=6), items=st.lists(ids, max_size=5)))
+def test_every_served_row_is_recomputed_to_the_bit(engines, request):
+    "With a cart or without, known people and strangers, odd ids."
+    said = li.skew_of(engines["v1"], [logged(engines["v1"], request)])
+    if said["lists"]: assert said["identical"] == 1 and said["features"] == [] and "to the bit" in said["sentence"]
+
+
+def test_tables_of_another_version_are_a_skew(engines):
+    records = [logged(engines["v1"], Request(user_id=f"u{k}", n=8)) for k in range(12)]
+    assert li.skew_of(engines["v1"], records)["identical"] == 1
+    said = li.skew_of(engines["v2"], records)
+    assert said["identical"] < .1 and 0 <= said["reordered"] <= 1 and said["score_shift"] >= 0 and said["features"][0]["name"] in NAMES
+    one = records[0].x[0][5]
+    records[0].x[0][5] = one + 1
+    said = li.skew_of(engines["v1"], records)
+    assert [f["name"] for f in said["features"]] == [NAMES[5]] and said["features"][0]["rows"] == 1 and NAMES[5] in said["sentence"]
+    nothing = li.skew_of(engines["v1"], [msgspec.structs.replace(records[0], x=[])])
+    assert (nothing["lists"], nothing["skipped"], nothing["identical"]) == (0, 1, None)
+    json.dumps([said, nothing], allow_nan=False)
+
+
+def test_what_the_real_service_logged_is_recomputed(shop):
+    with serving(shop, features_one_in=1) as (process, port):
+        for k in range(20): ask(port, body=dict(user_id=f"u{k}", n=6, cart=[f"i{k}"] if k % 2 else []))
+    knobs = SimpleNamespace(candidates=SimpleNamespace(per_source=PER_SOURCE, budget=BUDGET))
+    said, = li.skew_run(shop/"data", shop/"bundles", knobs)
+    assert said["version"] == "v1" and said["lists"] == 20 and said["identical"] == 1, said["sentence"]
+    assert len(li.served_places(li.served_records(shop/"data")).filter(pl.col("position") == 1)) == 20
+
+
+def test_lists_of_the_night(engines):
+    places = li.ranked_places(engines["v1"], np.arange(5), 4, START)
+    assert dict(places.schema) == li.PLACES and places["list"].n_unique() == 5
+    for u in range(5): assert [f"i{i}" for i in places.filter(pl.col("list") == str(u))["item_id"]] == [s.item_id for s in recommend(engines["v1"], Request(user_id=f"u{u}", n=4), "r").items]
