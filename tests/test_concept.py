@@ -1,6 +1,6 @@
 "Concept drift: against simulations whose truth is known, brute force, and no drift at all."
 import json
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import polars as pl
@@ -174,6 +174,36 @@ def test_expected_ndcg_is_the_mean_over_outcomes():
     request, position = rows["request_id"].rank("dense").to_numpy().astype(int) - 1, rows["position"].to_numpy()
     real = np.mean([co.list_ndcg(request, position, (np.random.default_rng(100 + s).random(len(p)) < p).astype(float)) for s in range(60)])
     assert co.expected_ndcg(request, position, p, throws=200) == pytest.approx(real, abs=.01)
+
+
+def test_from_a_log_to_the_sentences(tmp_path):
+    "A simulated shop of which half of the clicks go missing from a day on: the report dates it. Without impressions there is nothing to say."
+    from recsys.core.settings import load_settings
+    from recsys.data.ingest import ingest
+    from recsys.data.outcomes import outcome_minutes, write_outcomes
+    from recsys.data.simulator import simulate
+    from shop import settings_text
+    simulate(tmp_path/"shop", 60_000, seed=4, users=500, items=120, days=60)
+    (tmp_path/"settings.ini").write_text(settings_text())
+    (tmp_path/"i").mkdir()
+    ingest("shop/simulated.toml", tmp_path/"i", None, datetime(2024, 6, 1, tzinfo=timezone.utc), 30, 60, .05, tmp_path)
+    s = load_settings(tmp_path/"settings.ini")
+    assert co.concept_run(tmp_path/"i", tmp_path/"data", s) == []
+    write_outcomes(tmp_path/"i", outcome_minutes(s.data.outcome_minutes))
+    said = {f["kind"]: f for f in co.concept_run(tmp_path/"i", tmp_path/"data", s)}
+    assert set(said) == {"click", "purchase"}
+    click = said["click"]
+    assert [f["metric"] for f in click["performance"]] == ["rate", "ndcg"] and all(f["low"] < f["expected"] < f["high"] for f in click["performance"])
+    assert click["drift"]["findings"][0]["segment"] and "yesterday" in click["drift"]["sentence"]
+    assert all(r["ripe"] <= 1 + 1e-9 for f in said.values() for r in f["rates"])
+    json.dumps(said, allow_nan=False)
+    part, = (tmp_path/"i/impressions").glob("*.parquet")
+    rows = pl.read_parquet(part)
+    middle = rows["ts"].max() - timedelta(days=20)
+    gone = (pl.col("ts") >= middle) & (pl.col("event_id").hash() % 2 == 0)
+    rows.with_columns(click=pl.when(gone).then(0).otherwise("click").cast(pl.Int8), click_ts=pl.when(gone).then(None).otherwise("click_ts")).write_parquet(part)
+    found = co.concept_run(tmp_path/"i", tmp_path/"data", s)[0]["drift"]["findings"][0]
+    assert found["since"] and abs((datetime.fromisoformat(found["since"]) - middle).days) <= 5 and found["after"] < .75 * found["before"]
 
 
 def test_concept_is_light_to_import():

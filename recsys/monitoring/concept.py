@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['MOST', 'DELTAS', 'BINS', 'FEW', 'ROUNDS', 'delays_of', 'ripe', 'corrected_rates', 'residual', 'stream_of',
            'alarms_of', 'split_of', 'delta_for', 'no_change', 'skill', 'concept_drift', 'Expected', 'fit_expected',
-           'expected', 'list_ndcg', 'expected_ndcg', 'estimated_performance']
+           'expected', 'list_ndcg', 'expected_ndcg', 'estimated_performance', 'scored', 'watched', 'concept_run']
 
 # %% ../../nbs/7_monitoring/09_concept.ipynb #b56177f8
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from ..core.settings import RecsysError
+from ..core.files import read_json
+from ..core.settings import RecsysError, Settings
+from ..data.outcomes import outcome_minutes
+from ..data.shown import served_records
 from .drift import draws
+from .lists import served_places
 from .statistics import bucket_of
 from ..ranking.calibration import probability_of
 
@@ -246,3 +251,48 @@ def estimated_performance(past: list[pl.DataFrame],  # windows of about equal le
         verdict = "changed" if came is not None and not low <= came <= high else "as expected" if came is not None else "worse" if high < usual else "better" if low > usual else "as usual"
         found.append(dict(metric=m, expected=hoped[m], low=float(low), high=float(high), realised=came, usual=float(usual), verdict=verdict))
     return found
+
+# %% ../../nbs/7_monitoring/09_concept.ipynb #5abbb00e
+def scored(rows: pl.DataFrame,    # impressions of one kind: request_id, item_id, position, score (or null), outcome, complete, ts
+           since: datetime,       # from then on rows are new
+          ) -> pl.DataFrame:      # with probability
+    "The probability of an outcome as the rows before `since` teach it, position and score together; rows without a position are left out."
+    rows = rows.filter(pl.col("position") >= 0).with_columns(pl.col("score").fill_null(0.0))
+    old = rows.filter(pl.col("complete"), pl.col("ts") < since)
+    if not 0 < old["outcome"].sum() < len(old): return rows.head(0).with_columns(probability=pl.lit(0.0))
+    model = fit_expected(*(old[c].to_numpy() for c in ("score", "position", "outcome")))
+    return rows.with_columns(probability=pl.Series(expected(model, rows["score"].to_numpy(), rows["position"].to_numpy())))
+
+# %% ../../nbs/7_monitoring/09_concept.ipynb #fc0532bf
+def watched(rows: pl.DataFrame,      # impressions: visitor_id, request_id, item_id, position, ts, score, segments, and KIND, KIND_ts, KIND_complete
+            kind: str, minutes: int, # outcome and its window
+            end: datetime,           # until when outcomes are known
+            days: int,               # of a window; the newest one is judged
+            segments: list[str], budget: float, seed: int = 0,
+           ) -> dict:                # kind, drift (`concept_drift`), performance (`estimated_performance`), rates (`corrected_rates`)
+    "All that is to be said about one kind of outcome."
+    out, delays = dict(kind=kind, drift=None, performance=[], rates=[]), delays_of(rows, kind)
+    since = end - timedelta(days=days)
+    x = scored(rows.with_columns(outcome=pl.col(kind), complete=pl.col(f"{kind}_complete")), since)
+    if len(delays) < 20 or not len(x): return out
+    age = ((pl.lit(end) - pl.col("ts")).dt.total_microseconds() / 6e7)
+    x = x.with_columns(ripe=pl.Series(ripe(delays, x.select(age).to_series().to_numpy(), minutes)))
+    named = x.filter(pl.col("request_id").is_not_null(), pl.col("position") > 0)
+    weeks = [named.filter(pl.col("ts") < since - timedelta(days=days * k), pl.col("ts") >= since - timedelta(days=days * (k + 1))) for k in range(8)]
+    past = [w for w in weeks[::-1] if len(w) and w["complete"].all() and w["outcome"].sum() >= 20]
+    now = named.filter(pl.col("ts") >= since)
+    if len(now) and not now["complete"].all(): now = now.drop("outcome")
+    return out | dict(drift=concept_drift(x, segments, budget, seed=seed), performance=estimated_performance(past, now, seed=seed) if len(past) >= 3 and len(now) else [],
+                      rates=corrected_rates(rows, kind, minutes, end, seed=seed).with_columns(pl.col("day").cast(pl.String), pl.col(pl.Float64).fill_nan(None)).to_dicts())
+
+# %% ../../nbs/7_monitoring/09_concept.ipynb #10dcc230
+def concept_run(ingested: str | Path, data_dir: str | Path, settings: Settings) -> list[dict]:
+    "What `watched` says of clicks and of the target event, for an ingested log; empty if it has no impressions with requests."
+    ingested, d, b = Path(ingested), settings.data, settings.business
+    if not (parts := sorted((ingested/"impressions").glob("*.parquet"))): return []
+    end, minutes = datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"]), outcome_minutes(d.outcome_minutes)
+    rows = pl.scan_parquet(parts).filter(pl.col("ts") >= end - timedelta(days=7 * (b.weeks + 1) + b.window_days)).collect(engine="streaming")
+    given = served_places(served_records(data_dir)).select(request_id="list", item_id="item_id", score="score", version="version").unique(["request_id", "item_id"])
+    rows = rows.join(given, on=["request_id", "item_id"], how="left")
+    segments = [c for c in ("placement", "variant", "version") if 1 < rows[c].n_unique() <= 20]
+    return [watched(rows, k, minutes[k], end, b.window_days, segments, settings.drift.alarm_budget, settings.run.seed) for k in dict.fromkeys(("click", d.target_event)) if k in minutes and k in rows.columns]

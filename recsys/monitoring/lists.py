@@ -8,6 +8,7 @@ __all__ = ['PLACES', 'served_places', 'list_rows', 'list_drift', 'day_figures', 
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #2ed05d8e
 from datetime import date, datetime
+from inspect import signature
 from pathlib import Path
 from typing import Iterable
 
@@ -71,9 +72,8 @@ def list_drift(reference: pl.DataFrame,          # rows of `list_rows`
     "Compare the lists of two windows, column by column."
     one = len({*reference["version"].unique(), *current["version"].unique()}) <= 1
     drop = ["list", "ts", "version"] + ([] if one else ["score_first", "score_last"])
-    keep, d = lambda f: f.drop(drop), settings.drift if settings else None
-    more = dict(alpha=d.alpha, permutations=d.permutations, psi_limit=d.psi_limit, seed=settings.run.seed, wasserstein_limit=d.wasserstein_limit,
-                missing_limit=d.missing_limit, unseen_limit=d.unseen_limit) if d else {}
+    keep, limits = lambda f: f.drop(drop), settings.drift if settings else None
+    more = {k: getattr(limits, k) for k in limits.__struct_fields__ if k in signature(compare).parameters} | dict(seed=settings.run.seed) if settings else {}
     return compare(keep(reference), keep(current), "visitor_id", [keep(p) for p in past], **more)
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #87b0b642
