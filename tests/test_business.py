@@ -131,6 +131,8 @@ def test_catalogue_health():
     assert set(found) == {"priced", "categorised", "sold"} and all(h["items"] == 3 for h in found.values())     # nothing is known of stock; c is gone
     assert [found[n]["value"] for n in ("priced", "categorised", "sold")] == pytest.approx([2 / 3] * 3)
     assert [found[n]["verdict"] for n in ("priced", "categorised", "sold")] == ["holds", "breached", "breached"]
+    unpriced = bu.catalogue_health(items.with_columns(price=pl.lit(None, pl.Float64)), pl.Series(["a"]), at, floors)
+    assert {h["name"] for h in unpriced} == {"categorised", "sold"}             # a shop whose prices come with its events
     assert bu.catalogue_health(items.head(0), pl.Series([], dtype=pl.String), at, floors) == []
 
 

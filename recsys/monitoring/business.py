@@ -130,7 +130,7 @@ HEALTH = dict(priced="have a price", categorised="have a category", in_stock="ar
 
 def catalogue_health(items: pl.DataFrame, sold: pl.Series, moment: datetime, floors: dict[str, float]) -> list[dict]:
     "Shares of the items for sale at `moment`: name, value, floor, items, verdict (holds, breached); what the catalogue does not say is left out."
-    has = lambda c: c in items.columns
+    has = lambda c: c in items.columns and items[c].null_count() < len(items)   # a column of nulls says nothing
     for c, opens in (("available_from", True), ("available_to", False)):
         if has(c): items = items.filter(pl.col(c).is_null() | ((pl.col(c) <= moment) if opens else (pl.col(c) > moment)))
     shares = dict(priced=pl.col("price").is_not_null() if has("price") else None, categorised=pl.col("category").is_not_null() if has("category") else None,

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'served_places', 'list_rows', 'list_drift', 'day_figures', 'day_coverage', 'position_mix', 'ranked_places',
-           'compared_features', 'recomputed', 'skew_of', 'skew_run']
+           'windows_of', 'bought_share', 'night_windows', 'lists_run', 'compared_features', 'recomputed', 'skew_of',
+           'skew_run']
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #2ed05d8e
-from datetime import date, datetime
+from datetime import date, datetime, timedelta, timezone
 from inspect import signature
 from pathlib import Path
 from typing import Iterable
@@ -16,12 +17,15 @@ import msgspec
 import numpy as np
 import polars as pl
 
+from ..candidates.blend import load_state
 from ..core.settings import RecsysError, Settings
+from ..data.events import read_events
 from ..data.shown import served_records
+from ..features.build import day_of, read_moments
 from ..features.definitions import ABSENT, NAMES, SOURCES
-from .drift import Comparison, compare, draws
+from .drift import Comparison, compare, draws, to_dict
 from .statistics import bucket_of
-from ..ranking.ranker import as_served
+from ..ranking.ranker import as_served, load_ranker
 from ..ranking.rows import shown_rows
 from ..serving.engine import Engine, _codes, _user
 from ..serving.service import Served, open_engine
@@ -116,6 +120,50 @@ def ranked_places(engine: Engine, users: np.ndarray, length: int, moment: dateti
             said = (f"{user}", f"{user}", moment, None, "", 0, k, str(engine.work.ids[row]), SOURCES[int((engine.work.ranks[row] < ABSENT).argmax())], score)
             for c, v in zip(PLACES, said): rows[c].append(v)
     return pl.DataFrame(rows, schema=PLACES)
+
+# %% ../../nbs/7_monitoring/11_lists.ipynb #2106267f
+def windows_of(rows: pl.DataFrame, days: int, most: int = 8) -> list[pl.DataFrame]:
+    "Rows of `list_rows` cut into windows of whole days that end with the newest list, the newest window first; at most `most`, ending at the first gap."
+    if not len(rows): return []
+    end, found = rows["ts"].max(), []
+    for k in range(most):
+        part = rows.filter(pl.col("ts") <= end - timedelta(days=days * k), pl.col("ts") > end - timedelta(days=days * (k + 1)))
+        if not len(part): break
+        found.append(part)
+    return found
+
+# %% ../../nbs/7_monitoring/11_lists.ipynb #a95fb525
+def bought_share(events: pl.LazyFrame, target: str) -> pl.DataFrame:
+    "Share of the buyers who bought each item: item_id, share."
+    pairs = events.filter(pl.col("event_type") == target, pl.col("item_id").is_not_null()).select("visitor_id", "item_id").unique().collect(engine="streaming")
+    return pairs.group_by("item_id").agg(share=pl.len() / max(pairs["visitor_id"].n_unique(), 1)).sort("item_id")
+
+def night_windows(features: Path, candidates: Path, trained: Path, settings: Settings, most: int = 1000) -> list[pl.DataFrame]:
+    "Rows of `list_rows` as of now, of the moment of the measurement, and of those before, for at most `most` active users; `ts` is the moment."
+    ranker, c, target = load_ranker(trained/"ranker.txt"), settings.candidates, settings.data.target_event
+    lines, moments, found = pl.read_parquet(features/"lines.parquet").filter(pl.col("type") == target), read_moments(features), []
+    for moment in (moments.now, moments.test, moments.validation, *moments.training[::-1]):
+        state, known = load_state(features/day_of(moment), candidates/day_of(moment)), lines.filter(pl.col("known") < moment)
+        active = known.filter(pl.col("ts") >= moment - settings.evaluation.test_days * 86400)["user"].unique().sort().to_numpy()
+        users = np.sort(np.random.default_rng(settings.run.seed).permutation(active)[:most])
+        share = known.group_by("item").agg(share=pl.col("user").n_unique() / max(known["user"].n_unique(), 1)).select(item_id=pl.col("item").cast(pl.String), share="share")
+        items = pl.DataFrame(dict(item_id=[str(i) for i in range(len(state.category))], category=[str(k) for k in state.category[:, 0].tolist()]))
+        places = ranked_places(Engine(state, ranker, c.per_source, c.budget), users, settings.drift.list_length, datetime.fromtimestamp(moment, timezone.utc))
+        found.append(list_rows(places, items, share).with_columns(version=pl.lit(trained.name)))
+    return found
+
+# %% ../../nbs/7_monitoring/11_lists.ipynb #afdbc643
+def lists_run(ingested: str | Path, features: str | Path, candidates: str | Path, trained: str | Path, settings: Settings) -> dict:
+    "The lists that were served, or the lists of the night: source (served, night), sentence, alarm, comparison (None: too few), days (of `day_figures`), mix (of `position_mix`), coverage (of `day_coverage`)."
+    ingested, target = Path(ingested), settings.data.target_event
+    items, places = pl.read_parquet(ingested/"items.parquet"), served_places(served_records(settings.data_dir))
+    rows = list_rows(places, items, bought_share(read_events(ingested/"events", None), target))
+    windows, served = windows_of(rows, settings.business.window_days), True
+    if len(windows) < 2: windows, served = night_windows(Path(features), Path(candidates), Path(trained), settings), False
+    found = list_drift(windows[1], windows[0], windows[2:], settings)
+    more = dict(days=day_figures(rows), mix=position_mix(places), coverage=day_coverage(places, len(items))) if len(rows) else dict(days=[], mix=[], coverage=[])
+    said = f"Lists {'as served' if served else 'of the night'}: {found.sentence[0].lower() if found.sentence[1:2].islower() else found.sentence[0]}{found.sentence[1:]}"
+    return dict(source="served" if served else "night", sentence=said, alarm=found.alarm, comparison=to_dict(found)) | more
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #cea06a96
 def compared_features(served: np.ndarray,   # float32 [n, features], from the log

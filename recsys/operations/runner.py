@@ -35,7 +35,7 @@ STEPS = (
     Step("candidates", ("features",), ("data", "candidates", "index", "embeddings", "run")),
     Step("train", ("features", "candidates"), ("data", "candidates", "ranker", "evaluation", "run")),
     Step("evaluate", ("features", "candidates", "train"), ("data", "candidates", "evaluation", "run"), (("serving", "rules"),)),
-    Step("drift", ("features", "candidates", "train"), ("data", "candidates", "drift", "evaluation", "run")),
+    Step("drift", ("ingest", "features", "candidates", "train"), ("data", "candidates", "drift", "business", "evaluation", "run")),
     Step("publish", ("ingest", "features", "candidates", "train", "evaluate", "drift"), ("candidates",), (("serving", "rules"),)))
 
 # %% ../../nbs/9_operations/04_runner.ipynb #e15e279f
