@@ -1,5 +1,5 @@
 "Concept drift: against simulations whose truth is known, brute force, and no drift at all."
-import json
+import json, os
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -204,6 +204,27 @@ def test_from_a_log_to_the_sentences(tmp_path):
     rows.with_columns(click=pl.when(gone).then(0).otherwise("click").cast(pl.Int8), click_ts=pl.when(gone).then(None).otherwise("click_ts")).write_parquet(part)
     found = co.concept_run(tmp_path/"i", tmp_path/"data", s)[0]["drift"]["findings"][0]
     assert found["since"] and abs((datetime.fromisoformat(found["since"]) - middle).days) <= 5 and found["after"] < .75 * found["before"]
+
+
+@pytest.mark.bench
+@pytest.mark.skipif("ELEC2" not in os.environ, reason="set ELEC2 to the Parquet file of the Elec2 stream")
+def test_the_no_change_rule_beats_the_detectors_on_elec2():
+    "The table of the lesson: a naive Bayes that starts anew at each alarm of ADWIN, and the last label."
+    from river import drift, naive_bayes
+    rows = pl.read_parquet(os.environ["ELEC2"])
+    x, y = rows.drop("class").to_dicts(), rows["class"].to_list()
+    def accuracy(detector):
+        model, right = naive_bayes.GaussianNB(), 0
+        for row, label in zip(x, y):
+            hit = model.predict_one(row) == label
+            right += hit
+            if detector:
+                detector.update(int(not hit))
+                if detector.drift_detected: model = naive_bayes.GaussianNB()
+            model.learn_one(row, label)
+        return right / len(y)
+    assert accuracy(None) == pytest.approx(.732, abs=.001) and accuracy(drift.ADWIN()) == pytest.approx(.808, abs=.001)
+    assert sum(a == b for a, b in zip(y, y[1:])) / len(y) == pytest.approx(.853, abs=.001)
 
 
 def test_concept_is_light_to_import():

@@ -88,6 +88,24 @@ def test_scores_of_two_versions_are_not_compared():
     assert li.list_drift(a, b.head(0)).columns[0].verdict == "not enough data"
 
 
+def test_windows_end_with_the_newest_list_and_at_the_first_gap():
+    rows = rows_of([*week(0, 0), *week(1, 1), *week(2, 4)])
+    assert li.windows_of(rows.head(0), 7) == [] and len(li.windows_of(rows, 7)) <= 2         # weeks 2 and 3 are missing
+    cut = li.windows_of(rows_of([*week(0, 0), *week(1, 1), *week(2, 2)]), 7)
+    assert [len(c) for c in cut][:2] != [] and sum(map(len, cut)) == 1500 and all(a["ts"].min() > b["ts"].max() for a, b in zip(cut, cut[1:]))
+
+
+def test_the_worst_finding_sets_the_light():
+    from recsys.monitoring.watch import with_outcomes
+    ok, quiet = dict(verdict="good", sentence="Nothing moved"), dict(business=dict(verdict="good", sentence="All hold."), concept=[], lists=dict(alarm=False, sentence="x"), skew=[])
+    assert with_outcomes(ok, **quiet)["verdict"] == "good" and with_outcomes(ok, **quiet)["sentence"] == "Nothing moved"
+    fired = dict(kind="click", drift=dict(sentence="Changed.", findings=[dict(since="2026-03-01")]))
+    assert with_outcomes(ok, **quiet | dict(concept=[fired, dict(kind="purchase", drift=None)]))["verdict"] == "warning"
+    worst = with_outcomes(ok, **quiet | dict(skew=[dict(features=[1], sentence="3 % differ.")], lists=dict(alarm=True, sentence="Novelty fell")))
+    assert worst["verdict"] == "bad" and worst["sentence"] == "Nothing moved. Novelty fell. 3 % differ."
+    assert with_outcomes(dict(verdict="bad", sentence="a"), **quiet)["verdict"] == "bad"
+
+
 # ---- train and serve
 
 @settings(max_examples=60, deadline=None)
