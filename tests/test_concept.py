@@ -151,6 +151,18 @@ def test_estimates_are_better_than_the_mean_of_the_past():
     json.dumps([rate, ndcg, early], allow_nan=False)
 
 
+def test_scores_count_where_they_are_known():
+    "A log with scores for a part of the lists uses that part; with hardly any, the position alone; without outcomes, nothing."
+    rows = pl.concat([lists(k, n=1500).with_columns(ts=pl.lit(START + timedelta(days=7 * k)), complete=pl.lit(True)) for k in range(3)])
+    since, ranks = START + timedelta(days=13), lambda f: f.select(pl.corr("score", "probability", method="spearman")).item()
+    half = rows.with_columns(score=pl.when(pl.col("request_id").hash() % 2 == 0).then("score"))
+    assert len(co.scored(half, since)) == half["score"].count() and ranks(co.scored(half, since)) > .8
+    few = rows.with_columns(score=pl.when(pl.col("request_id").hash() % 100 == 0).then("score"))
+    found = co.scored(few, since)
+    assert len(found) == len(rows) and found.group_by("position").agg(n=pl.col("probability").n_unique())["n"].to_list() == [1] * 6
+    assert co.scored(rows.with_columns(outcome=pl.lit(0)), since).height == 0
+
+
 def test_estimates_need_windows_and_outcomes():
     with pytest.raises(RecsysError, match="past windows"): co.estimated_performance([lists(0)], lists(1))
     none = [lists(k).with_columns(outcome=pl.lit(0)) for k in range(4)]

@@ -32,7 +32,7 @@ lists = st.lists(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(-5, 5),
 @settings(max_examples=60, deadline=None)
 @given(lists)
 def test_rows_by_brute_force(shown):
-    places = li.served_places([record(k, items) for k, items in enumerate(shown)])
+    places = li.served_places(li.served_lists(record(k, items) for k, items in enumerate(shown)))
     assert dict(places.schema) == li.PLACES and len(places) == sum(map(len, shown))
     frames = pl.DataFrame(dict(item_id=list(KIND), category=list(KIND.values()))), pl.DataFrame(dict(item_id=list(SHARE), share=list(SHARE.values())))
     rows = {r["list"]: r for r in li.list_rows(places, *frames).to_dicts()}
@@ -55,8 +55,8 @@ def test_rows_by_brute_force(shown):
 
 def test_lines_that_are_none_are_left_out():
     whole = record(0, [("a", 1., "repeat")])
-    assert len(li.served_places([whole, whole[:-9], b"", b"[]", b'{"x": 1}', record(1, [], visitor=None)])) == 1
-    alone = li.served_places([record(k, [("a", 1., "repeat")], visitor=None) for k in range(3)])
+    assert len(li.served_places(li.served_lists([whole, whole[:-9], b"", b"[]", b'{"x": 1}', record(1, [], visitor=None)]))) == 1
+    alone = li.served_places(li.served_lists(record(k, [("a", 1., "repeat")], visitor=None) for k in range(3)))
     assert alone["visitor_id"].to_list() == ["r0", "r1", "r2"]
 
 
@@ -70,7 +70,7 @@ def week(seed, k, n=500, dead=False, level=0, version="v1"):
 
 
 def rows_of(records):
-    return li.list_rows(li.served_places(records), pl.DataFrame(dict(item_id=list(KIND), category=["A", "A", "B", "B", "C"])), pl.DataFrame(dict(item_id=list(SHARE), share=list(SHARE.values()))))
+    return li.list_rows(li.served_places(li.served_lists(records)), pl.DataFrame(dict(item_id=list(KIND), category=["A", "A", "B", "B", "C"])), pl.DataFrame(dict(item_id=list(SHARE), share=list(SHARE.values()))))
 
 
 def test_a_dead_source_is_found_and_calm_weeks_are_calm():
@@ -104,6 +104,19 @@ def test_the_worst_finding_sets_the_light():
     worst = with_outcomes(ok, **quiet | dict(skew=[dict(features=[1], sentence="3 % differ.")], lists=dict(alarm=True, sentence="Novelty fell")))
     assert worst["verdict"] == "bad" and worst["sentence"] == "Nothing moved. Novelty fell. 3 % differ."
     assert with_outcomes(dict(verdict="bad", sentence="a"), **quiet)["verdict"] == "bad"
+
+
+def test_a_large_log_is_read_by_visitors(tmp_path):
+    "A sample holds all lists of those it holds, and older days are left alone."
+    for d in (1, 2, 9):
+        folder = tmp_path/f"served/day=2026-03-0{d}"; folder.mkdir(parents=True)
+        (folder/"1-1.jsonl").write_bytes(b"".join(l + b"\n" for l in week(d, d)) + b'{"cut')
+    everything = list(li.recent_lists(tmp_path, 30))
+    assert len(everything) == 1500 and len(list(li.recent_lists(tmp_path, 7))) == 500
+    some = list(li.recent_lists(tmp_path, 30, most=300))
+    count = lambda lists: pl.Series("visitor", [li.visitor_of(r) for r in lists]).value_counts()
+    both = count(some).join(count(everything), on="visitor", suffix="_all")
+    assert 100 < len(some) < 600 and len(both) == len(count(some)) and (both["count"] == both["count_all"]).all()
 
 
 # ---- train and serve
@@ -170,7 +183,7 @@ def test_what_the_real_service_logged_is_recomputed(shop):
     knobs = SimpleNamespace(candidates=SimpleNamespace(per_source=PER_SOURCE, budget=BUDGET))
     said, = li.skew_run(shop/"data", shop/"bundles", knobs)
     assert said["version"] == "v1" and said["lists"] == 20 and said["identical"] == 1, said["sentence"]
-    assert len(li.served_places(li.served_records(shop/"data")).filter(pl.col("position") == 1)) == 20
+    assert len(li.served_places(li.recent_lists(shop/"data", 7)).filter(pl.col("position") == 1)) == 20
 
 
 def test_lists_of_the_night(engines):
