@@ -168,7 +168,7 @@ class Compiled(NamedTuple):
     by_user: bool
     placements: frozenset[str] # empty: all
     segments: frozenset[str]
-    layer: Salt
+    layer: Salt | None        # None: the experiment fills its layer
     a: int                    # salt of the experiment
     b: int
     low: int                  # of the layer's die: inside from here …
@@ -195,7 +195,7 @@ def compiled(e: Experiment) -> Compiled:
     midnight = tuple(datetime(d.year, d.month, d.day, tzinfo=timezone.utc).timestamp() for d, _ in e.ramp)
     cuts = tuple(int(c) for c in np.rint(np.cumsum(weights_of(e))[:-1] * ONE))
     choices = tuple(Choice(e, k, v, e.variant[0] if v.shadow else v, f"{e.name}:{v.name}") for k, v in enumerate(e.variant))
-    return Compiled(e.unit == "user", frozenset(e.placements), frozenset(e.segments), salt_of(f"layer {e.layer}"), *salt_of(f"experiment {e.name}"),
+    return Compiled(e.unit == "user", frozenset(e.placements), frozenset(e.segments), None if e.slots == (0, SLOTS) else salt_of(f"layer {e.layer}"), *salt_of(f"experiment {e.name}"),
                     e.slots[0] * ONE // SLOTS, e.slots[1] * ONE // SLOTS, midnight, (0, *(round(s * ONE) for _, s in e.ramp)), cuts, choices)
 
 def book_of(found: Experiments) -> Book:
@@ -206,8 +206,8 @@ def book_of(found: Experiments) -> Book:
 def variants_of(c: Compiled, bases: np.ndarray, now: float) -> np.ndarray:
     "Which variants units (of `unit_hashes`) see at a moment, epoch s, by their place in the file: int64; -1: they take no part."
     u, word, share = np.uint64, words_of(bases, Salt(c.a, c.b)), c.shares[bisect_right(c.times, now)]
-    slot = words_of(bases, c.layer) >> u(31)
-    inside = (slot >= u(c.low)) & (slot < u(c.high)) & (word >> u(31) < u(share))
+    inside = word >> u(31) < u(share)
+    if c.layer: slot = words_of(bases, c.layer) >> u(31); inside &= (slot >= u(c.low)) & (slot < u(c.high))
     return np.where(inside, np.searchsorted(np.array(c.cuts, u), word & u(ONE - 1), side="right"), -1)
 
 # %% ../../nbs/5_serving/17_assignment.ipynb #2775bb2b
@@ -223,7 +223,7 @@ def assign(book: Book, visitor_id: str | None, user_id: str | None, placement: s
         if placements and placement not in placements or segments and segment not in segments or not (unit := user_id if by_user else visitor_id): continue
         if (base := bases[by_user]) is None:
             base = bases[by_user] = _held(unit_hash(unit), holdout, holdout_salt) if holdout else unit_hash(unit)
-        if base < 0 or high - low < ONE and not low <= word_of(base, layer) >> 31 < high: continue
+        if base < 0 or layer and not low <= word_of(base, layer) >> 31 < high: continue
         word = (base * a + b) % PRIME
         if word >> 31 < shares[bisect_right(times, now)]: out.append(choices[bisect_right(cuts, word & DIE)])
     return out
