@@ -671,6 +671,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'recsys/core/settings.py'),
                                       'recsys.core.settings.Settings.resolve': ( '0_core/settings.html#settings.resolve',
                                                                                  'recsys/core/settings.py'),
+                                      'recsys.core.settings.Trials': ('0_core/settings.html#trials', 'recsys/core/settings.py'),
                                       'recsys.core.settings._check': ('0_core/settings.html#_check', 'recsys/core/settings.py'),
                                       'recsys.core.settings._convert': ('0_core/settings.html#_convert', 'recsys/core/settings.py'),
                                       'recsys.core.settings._overrides': ('0_core/settings.html#_overrides', 'recsys/core/settings.py'),

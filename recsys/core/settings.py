@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates', 'Index',
-           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Business', 'Bench',
-           'Serving', 'Log', 'Run', 'Settings', 'find_settings', 'load_settings', 'as_dict']
+           'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Business', 'Trials',
+           'Bench', 'Serving', 'Log', 'Run', 'Settings', 'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -186,6 +186,14 @@ class Business(Section):
     guardrails: tuple[Annotated[str, Meta(pattern=r"^(ctr|conversion|cart_rate|revenue_per_visitor|order_value|diversity|coverage):0?\.\d+$")], ...]
     floors: tuple[Annotated[str, Meta(pattern=r"^(priced|categorised|in_stock|sold):(0?\.\d+|1)$")], ...]
 
+class Trials(Section):
+    file: str # path of an experiment file; empty: no experiments
+    alpha: Annotated[float, Meta(gt=0, lt=0.5)]
+    power: Annotated[float, Meta(ge=0.5, lt=1)]
+    least_days: Positive
+    least_units: Annotated[int, Meta(ge=2)]
+    ratio_alarms: Annotated[float, Meta(gt=0, le=0.05)]
+
 class Bench(Section):
     peer_cpu_seconds: Positive
 
@@ -241,6 +249,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     evaluation: Evaluation
     drift: Drift
     business: Business
+    experiments: Trials
     bench: Bench
     serving: Serving
     log: Log
