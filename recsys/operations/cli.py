@@ -324,6 +324,19 @@ def _bench_drift(a):
           f"{said['cpu_seconds_1m']:.1f} CPU s, {said['peak_rss_mb_1m']:,.0f} MB; Evidently {f'{ratio:.0f} times the CPU' if ratio else 'not measured: ' + said['evidently'].get('skipped', '')}. Look at {bench_page('drift', s, [a.out])}")
     return 0
 
+def _bench_experiments(a):
+    from rich.console import Console
+    from recsys.core.settings import load_settings
+    from recsys.operations.bench_experiments import bench_experiments
+    from recsys.operations.figures import bench_page
+    s = load_settings()
+    with Console(stderr=True).status("measuring") as status:
+        said = bench_experiments(a.out, s, a.tests, a.data, a.ids, say=lambda note: status.update(f"measuring: {note}"))
+    real = f"{said['asos_agreement']:.0%} of {said['asos']['decisions']} decisions on real experiments agree with the full data, {said['asos_days_saved']:.1f} days earlier" if said["asos"] else "real experiments were not at hand (--data)"
+    print(f"{said['aa_tests']:,} experiments without an effect, looked at on 28 days: {said['aa_false_positive_rate']:.1%} false positives (usual test {said['peeking_false_positive_rate']:.1%}); {real}. "
+          f"{said['seconds']:.0f} s. Look at {bench_page('experiments', s, [a.out])}")
+    return 0
+
 def _bench_shop(a):
     from rich.console import Console
     from recsys.core.settings import load_settings
@@ -414,6 +427,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--runs", type=int, default=300, help="reports for each rate with few rows; fewer with many"); c.add_argument("--rows", type=int, default=1_000_000, help="of the tables whose cost is measured")
     c.add_argument("--many", type=int, default=100, metavar="N", help="and once N times as many, for the memory"); c.add_argument("--no-peers", action="store_true", help="without Evidently")
     c.add_argument("--real", metavar="DIR", help="a folder with online_retail and eshop_2008 as Parquet: what would have been flagged, month by month and week by week")
+    c = of(bench, "experiments", _bench_experiments, "how often the rules for experiments are wrong and right, simulated and on real ones")
+    c.add_argument("--tests", type=int, default=10_000, help="experiments without an effect"); c.add_argument("--ids", type=int, default=10_000_000, help="that are assigned")
+    c.add_argument("--data", metavar="DIR", help="with asos_experiments and open_bandit (default: the data folder)")
     command("status", _status, "the last runs and what is being served")
     return p
 
