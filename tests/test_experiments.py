@@ -1,0 +1,322 @@
+"Experiments: figures as other libraries give them, false alarms as promised, decisions that follow from the figures."
+from datetime import date
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+from scipy.stats import multivariate_normal
+
+from recsys.core.settings import RecsysError
+from recsys.experiments.analysis import METRIC, aggregates, columns_of, compare, comparisons, corrected, decide, guarded, remaining_days
+from recsys.experiments.off_policy import ESTIMATORS, Rows, arm_rates, best_strength, evaluate, gate, influence, overlap, rows_of, shrunk, standard_error
+from recsys.experiments.sample_ratio import ALARMS, deviation, sample_ratio, spent
+from recsys.experiments.sequential import Walk, always_valid_p, crossing, multiplier, needed, power, spending_bounds, units_for
+from recsys.operations.bench_experiments import aa_tests, asos_decisions, library_z, moments, open_bandit, power_tests, ratio_tests, thompson, unit_pool, z_of
+from recsys.serving.assignment import Experiment, Variant
+
+def made_up(n, seed, lift=0.0):
+    "Units of a simulated experiment."
+    rng = np.random.default_rng(seed)
+    treated, pool = rng.random(n) < .5, unit_pool(n, seed)
+    prior = rng.poisson(pool["clicks"] + .5)
+    x = {k: v for k, v in pool.items() if k != "one"} | dict(clicks=pool["clicks"] * (1 + lift * treated))
+    return pl.DataFrame(dict(variant=np.where(treated, "new", "control"), **x, prior_clicks=prior, prior_impressions=pool["impressions"] + rng.poisson(5, n), prior_revenue=pool["revenue"] * .5 + rng.exponential(5, n)))
+
+def experiment(**changes):
+    of = dict(name="x", owner="team", hypothesis="it is better", primary="ctr", minimum_effect=.02, ramp=((date(2026, 11, 1), 1.0),), variant=(Variant(name="control"), Variant(name="new")))
+    return Experiment(**of | changes)
+
+def halves(u): return u.filter(pl.col("variant") == "control"), u.filter(pl.col("variant") == "new")
+
+# ---- the same numbers as two other libraries
+
+def ours(u, columns):
+    a = aggregates(u, list(METRIC))
+    return compare(a["control"], a["new"], "ctr", columns, 2 * len(u))
+
+def close(a, b): assert abs(a - b) <= 1e-9 * max(1, abs(b)), (a, b)
+
+def theirs(c, t):
+    "p and interval of Welch's test by SciPy, and by statsmodels where it is installed."
+    found = [(lambda r: (r.pvalue, *(-x for x in r.confidence_interval(.95)[::-1])))(stats.ttest_ind(c, t, equal_var=False))]
+    try: from statsmodels.stats.api import CompareMeans, DescrStatsW
+    except ImportError: return found
+    m = CompareMeans(DescrStatsW(t), DescrStatsW(c))
+    return found + [(m.ttest_ind(usevar="unequal")[1], *m.tconfint_diff(usevar="unequal"))]
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mean_is_tested_as_scipy_and_statsmodels_test_it(seed):
+    u = made_up(3000, seed, .1)
+    c, t = halves(u)
+    for numer in ("revenue", "buyer", "clicks"):
+        said = ours(u, [numer, None, None, None])
+        for p, low, high in theirs(c[numer].to_numpy(), t[numer].to_numpy()): close(said.fixed_p, p)
+        close(said.control, c[numer].mean()); close(said.relative, t[numer].mean() / c[numer].mean() - 1)
+        log = np.log(t[numer].mean() / c[numer].mean()); r = [x.std() / x.mean() / np.sqrt(len(x)) for x in (c[numer], t[numer])]
+        df = (r[0]**2 + r[1]**2)**2 / (r[0]**4 / (len(c) - 1) + r[1]**4 / (len(t) - 1))
+        half = stats.t.ppf(.975, df) * np.hypot(*r)
+        close(said.fixed_low, np.exp(log - half) - 1); close(said.fixed_high, np.exp(log + half) - 1)
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_ratio_is_the_mean_of_linearised_units(seed):
+    u = made_up(3000, seed, .1)
+    line = lambda x: ((x["clicks"] - x["clicks"].sum() / x["impressions"].sum() * x["impressions"]) / x["impressions"].mean() + x["clicks"].sum() / x["impressions"].sum()).to_numpy()
+    for p, *_ in theirs(*map(line, halves(u))): close(ours(u, ["clicks", "impressions", None, None]).fixed_p, p)
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cuped_is_the_residual_of_a_regression(seed):
+    u = made_up(3000, seed, .1)
+    slope = stats.linregress(u["prior_revenue"].to_numpy(), u["revenue"].to_numpy()).slope
+    try:
+        import statsmodels.api as sm
+        close(sm.OLS(u["revenue"].to_numpy(), sm.add_constant(u["prior_revenue"].to_numpy())).fit().params[1], slope)
+    except ImportError: pass
+    left = u.with_columns(left=pl.col("revenue") - slope * (pl.col("prior_revenue") - pl.col("prior_revenue").mean()))
+    said = ours(u, columns_of("revenue", u.columns))
+    assert said.cuped
+    for p, *_ in theirs(*(x["left"].to_numpy() for x in halves(left))): close(said.fixed_p, p)
+    close(said.control, halves(left)[0]["left"].mean())
+
+def test_cuped_of_a_ratio_regresses_linearised_units():
+    u = made_up(4000, 9, .1)
+    def line(x, a, b): r = x[a].sum() / x[b].sum(); return ((x[a] - r * x[b]) / x[b].mean()).to_numpy(), r
+    (y, _), (x, r) = line(u, "clicks", "impressions"), line(u, "prior_clicks", "prior_impressions")
+    theta, parts = np.cov(y, x)[0, 1] / x.var(ddof=1), []
+    for h in halves(u):
+        (yh, ry), (xh, rx) = line(h, "clicks", "impressions"), line(h, "prior_clicks", "prior_impressions")
+        parts.append(yh + ry - theta * (xh + rx - r))
+    for p, *_ in theirs(*parts): close(ours(u, columns_of("ctr", u.columns)).fixed_p, p)
+
+def test_sums_give_what_units_give():
+    u = made_up(2000, 3, .1)
+    a = [moments({k: v for k, v in h.with_columns(one=1.0).to_dict(as_series=False).items()} | {k: h.with_columns(one=1.0)[k].to_numpy() for k in (*h.columns, "one") if k != "variant"}, METRIC).sum(0) for h in halves(u)]
+    n = [len(h) for h in halves(u)]
+    z = z_of(*a, *n)
+    for k, m in enumerate(METRIC):
+        close(z[k], library_z(a[0][k], a[1][k], *n))
+        said = ours(u, [METRIC[m].numer, METRIC[m].denom, None, None])
+        close(said.p, float(always_valid_p(z[k], len(u), 2 * len(u))))
+
+def test_holm():
+    rows = [ours(made_up(500, s, .3 * (s % 2)), ["clicks", "impressions", None, None]) for s in range(6)]
+    p = np.array([r.p for r in rows]); order = p.argsort()
+    expected = np.empty(6); expected[order] = np.minimum(1, np.maximum.accumulate(p[order] * (6 - np.arange(6))))
+    assert np.allclose([r.p_adjusted for r in corrected(rows)], expected)
+
+# ---- sequential
+
+@given(st.integers(1, 10**7), st.integers(100, 10**6), st.floats(.001, .2))
+def test_p_and_interval_say_the_same(n, planned, alpha):
+    m = float(multiplier(n, planned, alpha))
+    assert abs(always_valid_p(m, n, planned, alpha) / alpha - 1) < 1e-6
+    assert m > stats.norm.isf(alpha / 2)
+
+def test_the_interval_is_tightest_near_the_plan():
+    others = [float(multiplier(10**5, 10**5 * f)) for f in (.2, .5, 2, 5)]
+    assert float(multiplier(10**5, 10**5)) < min(others) + .01
+
+def test_crossing_is_the_normal_integral():
+    "Two looks, where the exact odds are a bivariate normal probability; and a simulation for many."
+    info, b, drift = np.array([.4, 1.0]), np.array([2.3, 1.9]), 1.5
+    mean, rho = drift * np.sqrt(info), np.sqrt(.4)
+    inside = multivariate_normal(mean, [[1, rho], [rho, 1]]).cdf(b, lower_limit=-b)
+    assert abs(crossing(b, info, drift)[-1] - (1 - inside)) < 1e-5
+    rng, info = np.random.default_rng(0), np.r_[.05, .06, .3, .31, .9, 1.2]
+    z = (rng.normal(size=(200_000, 6)) * np.sqrt(np.diff(info, prepend=0))).cumsum(1) / np.sqrt(info)
+    b = multiplier(info, 1, .1)
+    for drift in (0, 2): assert abs(crossing(b, info, drift)[-1] - (np.abs(z + drift * np.sqrt(info)) > b).any(1).mean()) < .004
+
+def test_spending_spends_exactly():
+    info = np.sort(np.random.default_rng(1).random(12))
+    spend = .01 * spent(info)
+    assert np.allclose(crossing(spending_bounds(info, spend), info), spend, atol=1e-9)
+    five = np.arange(1, 6) / 5
+    assert np.abs(spending_bounds(five, .05 * np.log(1 + (np.e - 1) * five)) - [2.4380, 2.4268, 2.4101, 2.3966, 2.3859]).max() < 2e-3 # Pocock-like, tabulated
+
+@given(st.floats(.3, .95), st.integers(2, 30))
+@settings(max_examples=10, deadline=None)
+def test_needed_has_the_wanted_power(wanted, looks):
+    assert abs(power(needed(wanted, looks), looks) - wanted) < 1e-3
+
+def test_units_grow_with_the_square():
+    assert np.isclose(units_for(.01, .005, 1000), 4 * units_for(.02, .005, 1000))
+
+# ---- sample ratio
+
+@given(st.integers(0, 400), st.integers(1, 400), st.floats(.01, .99))
+def test_deviation_never_overstates_the_exact_tail(k, n, share):
+    k = min(k, n)
+    z = abs(float(deviation(k, n, share)))
+    tail = min(stats.binom.cdf(k, n, share), stats.binom.sf(k - 1, n, share))
+    assert np.isclose(min(z, 37), min(37, max(0, stats.norm.isf(min(tail, .5)))), atol=1e-6)
+
+def test_the_check_finds_what_is_missing_and_nothing_else():
+    rng = np.random.default_rng(2)
+    sound = [sample_ratio(rng.multinomial(2000, [.25, .25, .5], 28).cumsum(0), [.25, .25, .5], 56_000) for _ in range(40)]
+    assert all(s.sound for s in sound)
+    lost = rng.multinomial(2000, [.25, .25, .5], 28); lost[:, 1] = lost[:, 1] * .9
+    said = sample_ratio(lost.cumsum(0), [.25, .25, .5], 56_000)
+    assert not said.sound and said.worst in (1, 2)
+
+def test_odd_looks():
+    assert sample_ratio([[0, 0]], [.5, .5], 100).sound and sample_ratio([[0, 0], [1, 0], [1, 0]], [.5, .5], 100).sound
+    assert not sample_ratio([[500, 3]], [1.0, 0.0], 1000).sound           # who should not be there at all
+    assert not sample_ratio([[1000, 10], [3000, 20]], [.5, .5], 100).sound # long after the plan
+
+@pytest.mark.bench
+def test_false_alarms_of_the_ratio_and_its_power():
+    assert ratio_tests(200_000, 5) < .0011 and ratio_tests(20_000, 6, .51) > .99
+
+# ---- false positives and power
+
+def test_always_valid_looks_are_seldom_wrong_and_naive_ones_often():
+    said = aa_tests(400, 50, 28, 11)
+    assert max(said["always"].values()) < .05 and min(said["naive"].values()) > .2 and said["library_difference"] < 1e-9
+
+@pytest.mark.bench
+def test_power_is_as_planned():
+    assert power_tests(4000, 3)["gap"] < .03
+
+# ---- decisions
+
+def looks_of(u, days=14):
+    n = [(u["variant"] == v).sum() for v in ("control", "new")]
+    return [[int(c * (d + 1) / days) for c in n] for d in range(days)]
+
+def test_the_ratio_comes_first():
+    u = made_up(20_000, 1, .5)
+    bad = u.filter((pl.col("variant") == "control") | (pl.int_range(pl.len()) % 8 > 0))
+    said = decide(bad, experiment(), looks_of(bad), 14, 40_000)
+    assert said.answer == "invalid" and said.primary == [] and said.others == [] and "No result" in said.sentence and "NOT" in said.details[0]
+
+@pytest.mark.parametrize("lift, answer", [(.3, "better"), (-.3, "worse")])
+def test_clear_answers(lift, answer):
+    u = made_up(20_000, 1, lift)
+    said = decide(u, experiment(), looks_of(u), 14, 40_000)
+    assert said.answer == answer and said.remaining is None and "'new'" in said.sentence
+
+def test_early_open_same_and_over():
+    u = made_up(20_000, 4)
+    assert decide(u, experiment(), looks_of(u), 6.9, 40_000).answer == "early" and decide(u[:600], experiment(), looks_of(u[:600]), 14, 40_000).answer == "early"
+    said = decide(u, experiment(), looks_of(u), 14, 40_000)
+    assert said.answer == "open" and said.remaining > 0 and "days more" in said.sentence
+    assert "are over" in decide(u, experiment(days=14), looks_of(u), 14, 40_000).sentence
+    assert decide(u, experiment(minimum_effect=.5), looks_of(u), 14, 40_000).answer == "same"
+
+def test_guardrails_stop_and_hold_back():
+    u = made_up(20_000, 1, .3)
+    slow = u.with_columns(latency_ms=pl.when(pl.col("variant") == "new").then(pl.col("latency_ms") * 1.5).otherwise("latency_ms"))
+    said = decide(slow, experiment(guardrails=dict(latency_ms=.1)), looks_of(u), 14, 40_000)
+    assert said.answer == "broken" and "latency" in said.sentence
+    said = decide(u, experiment(guardrails=dict(revenue=.001)), looks_of(u), 14, 40_000)
+    assert said.answer == "open" and "not yet sure of revenue" in said.sentence and said.remaining > 0
+    assert decide(u, experiment(guardrails=dict(latency_ms=.1, diversity=.05)), looks_of(u), 14, 40_000).answer == "better"
+
+def test_a_metric_that_should_fall_is_read_that_way():
+    u = made_up(20_000, 1)
+    fast = u.with_columns(latency_ms=pl.when(pl.col("variant") == "new").then(pl.col("latency_ms") * .8).otherwise("latency_ms"))
+    assert decide(fast, experiment(primary="latency_ms"), looks_of(u), 14, 40_000).answer == "better"
+    c = next(c for c in comparisons(fast, experiment(), 40_000)[1] if c.metric == "latency_ms")
+    assert guarded(c, .01) == "kept"
+
+def test_nothing_to_compare_is_said():
+    u = made_up(20_000, 1).with_columns(clicks=0)
+    assert decide(u, experiment(), looks_of(u), 14, 40_000).answer == "open"
+    with pytest.raises(RecsysError, match="primary metric 'ctr'"): decide(u.drop("clicks"), experiment(), looks_of(u), 14, 40_000)
+
+def test_segments_and_others_are_corrected_together():
+    rng = np.random.default_rng(0)
+    false = 0
+    for s in range(40):
+        u = made_up(3000, 100 + s).with_columns(segment=pl.Series(rng.choice(list("abcdef"), 3000)))
+        primary, others = comparisons(u, experiment(), 6000)
+        assert len(primary) == 1 and len(others) == 5 + 6
+        false += any(o.p_adjusted < .05 for o in others)
+    assert false <= 5
+
+# ---- real experiments, as they are published
+
+def test_asos_decisions_of_a_table_made_up():
+    day = np.arange(1., 29); n = day * 1000
+    table = lambda name, effect: pl.DataFrame(dict(experiment_id=name, variant_id=1, metric_id=1, time_since_start=day, count_c=n, count_t=n, mean_c=1.0, mean_t=1 + effect, variance_c=1.0, variance_t=1.0))
+    d = asos_decisions(pl.concat([table("big", .1), table("none", 0.), table("small", .02), table("worse", -.1)])).sort("experiment_id")
+    assert d["fixed"].to_list() == [1, 0, 1, -1] and d["always"].to_list() == [1, 0, 0, -1] and d["naive"].to_list() == [1, 0, 1, -1]
+    assert d["always_day"].to_list() == [7, 28, 28, 7] and d["end"].to_list() == [28] * 4
+
+# ---- off-policy
+
+def world(n, seed, arms=6):
+    rng = np.random.default_rng(seed)
+    rate, old, new = rng.uniform(.05, .3, arms), rng.dirichlet(np.full(arms, 3)), rng.dirichlet(np.full(arms, 3))
+    a = rng.choice(arms, n, p=old)
+    return a, (rng.random(n) < rate[a]).astype(float), new[a] / old[a], new, new @ rate
+
+def test_estimators_by_their_formulas():
+    a, y, w, new, _ = world(500, 1)
+    r = rows_of(a, y, w, new)
+    said = {n: influence(r, n, 3.0)[0] for n in ESTIMATORS}
+    loops = dict(ips=sum(w * y) / 500, snips=sum(w * y) / sum(w), dm=sum(r.v) / 500, dr=sum(v + wi * (yi - q) for v, wi, yi, q in zip(r.v, w, y, r.q)) / 500,
+                 dros=sum(v + 3 * wi / (wi**2 + 3) * (yi - q) for v, wi, yi, q in zip(r.v, w, y, r.q)) / 500)
+    for n in ESTIMATORS: assert np.isclose(said[n], loops[n])
+    assert np.isclose(influence(r, "dros", np.inf)[0], said["dr"]) and np.isclose(influence(r, "dros", 0.0)[0], said["dm"])
+
+@given(st.lists(st.floats(0, 1e4), min_size=1, max_size=50), st.floats(.1, 1e4))
+def test_shrinkage_is_between_nothing_and_the_weight(w, k):
+    w = np.array(w)
+    s = shrunk(w, k)
+    assert (s >= 0).all() and (s <= w + 1e-12).all() and (s <= np.sqrt(k) / 2 + 1e-9).all()
+
+def test_unbiased_estimators_are_and_cover():
+    inside, error = dict(ips=0, snips=0, dr=0), dict(ips=[], snips=[], dr=[])
+    for s in range(150):
+        a, y, w, new, truth = world(3000, s)
+        said = evaluate(rows_of(a, y, w, new))
+        for n in inside: inside[n] += said[n].low < truth < said[n].high; error[n].append((said[n].value - truth) / said[n].se)
+    for n in inside: assert inside[n] >= 134 and abs(np.mean(error[n])) < .3, n
+
+def test_folds_keep_a_rows_own_reward_out():
+    a = np.zeros(300, int); y = np.zeros(300); y[0] = 1
+    r = rows_of(a, y, np.ones(300), np.array([1.0]))
+    assert r.q[0] < r.q[1:].max()
+
+def test_units_hang_together():
+    x = np.random.default_rng(0).normal(size=400)
+    doubled, unit = np.repeat(x, 2), np.repeat(np.arange(400), 2)
+    assert np.isclose(standard_error(doubled, unit), standard_error(x, None), rtol=1e-9)
+    a, y, w, new, _ = world(400, 3)
+    r = rows_of(np.repeat(a, 2), np.repeat(y, 2), np.repeat(w, 2), new, unit=unit)
+    assert (r.q[::2] == r.q[1::2]).all()
+
+def test_rates_of_arms_are_pulled_together_and_stay_in_range():
+    rng = np.random.default_rng(0)
+    same = arm_rates(rng.integers(0, 50, 500), (rng.random(500) < .1).astype(float), 50)
+    assert same.std() < .01
+    arm = rng.integers(0, 5, 50_000); apart = arm_rates(arm, (rng.random(50_000) < np.linspace(.1, .5, 5)[arm]).astype(float), 5)
+    assert np.abs(apart - np.linspace(.1, .5, 5)).max() < .02
+    assert (arm_rates(np.zeros(0, int), np.zeros(0), 3) < 1e-6).all()
+
+def test_overlap_warns():
+    assert overlap(np.ones(1000)).warning is None and "effective" in overlap(np.r_[np.zeros(999), 1000.]).warning and "mean" in overlap(np.full(5000, 1.3)).warning
+    for bad in ([], [np.nan], [-1.0], [np.inf]):
+        with pytest.raises(RecsysError): overlap(np.array(bad))
+
+def test_gate():
+    a, y, w, new, truth = world(40_000, 2)
+    best, worst = (np.eye(6)[k([y[a == j].mean() for j in range(6)])] for k in (np.argmax, np.argmin))
+    old = np.bincount(a, minlength=6) / len(a)
+    of = lambda p: gate(rows_of(a, y, p[a] / old[a], p))
+    assert of(best).verdict == "open" and of(worst).verdict == "closed" and of(old).verdict == "open"
+    assert gate(rows_of(a[:60], y[:60], w[:60], new)).verdict == "unknown" and gate(rows_of(a[:60], y[:60] * 0, w[:60], new)).verdict == "unknown"
+
+def test_open_bandit_protocol_on_a_log_made_up():
+    rng = np.random.default_rng(0)
+    def log(policy):
+        place = rng.integers(0, 3, 6000)
+        item = np.array([rng.choice(34, p=policy[k]) for k in place])
+        return pl.DataFrame(dict(timestamp=np.arange(6000), item_id=item, position=place + 1, click=(rng.random(6000) < .02 + .004 * item).astype(int), propensity_score=policy[place, item]))
+    uniform, ts = np.full((3, 34), 1 / 34), thompson("men", 5000)
+    said = open_bandit(log(uniform), log(ts), ts, 5)
+    assert said["error"]["dr"] < .15 and said["warning"] is None and set(said["error"]) == {*ESTIMATORS, "as logged"}
