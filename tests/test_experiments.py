@@ -1,5 +1,6 @@
 "Experiments: figures as other libraries give them, false alarms as promised, decisions that follow from the figures."
-from datetime import date
+import json
+from datetime import date, datetime, timedelta, timezone
 
 import msgspec
 import numpy as np
@@ -10,10 +11,13 @@ from scipy import stats
 from scipy.stats import multivariate_normal
 
 from recsys.core.settings import RecsysError
+from recsys.data.events import UTC
+from recsys.data.identity import NO_LINKS
 from recsys.experiments.analysis import METRIC, aggregates, columns_of, compare, comparisons, corrected, decide, guarded, remaining_days
 from recsys.experiments.off_policy import ESTIMATORS, Rows, arm_rates, best_strength, evaluate, gate, influence, overlap, rows_of, shrunk, standard_error
 from recsys.experiments.sample_ratio import ALARMS, deviation, sample_ratio, spent
 from recsys.experiments.sequential import Walk, always_valid_p, crossing, multiplier, needed, power, spending_bounds, units_for
+from recsys.experiments.units import LISTS, lists_of, maturity, unit_table
 from recsys.operations.bench_experiments import aa_tests, asos_decisions, library_z, moments, open_bandit, power_tests, ratio_tests, thompson, unit_pool, z_of
 from recsys.serving.assignment import Experiment, Variant
 
@@ -97,7 +101,7 @@ def test_sums_give_what_units_give():
     z = z_of(*a, *n)
     for k, m in enumerate(METRIC):
         close(z[k], library_z(a[0][k], a[1][k], *n))
-        said = ours(u, [METRIC[m].numer, METRIC[m].denom, None, None])
+        said = ours(u, [METRIC[m].numer, None if METRIC[m].denom == "mature" else METRIC[m].denom, None, None])
         close(said.p, float(always_valid_p(z[k], len(u), 2 * len(u))))
 
 def test_holm():
@@ -320,3 +324,68 @@ def test_open_bandit_protocol_on_a_log_made_up():
     uniform, ts = np.full((3, 34), 1 / 34), thompson("men", 5000)
     said = open_bandit(log(uniform), log(ts), ts, 5)
     assert said["error"]["dr"] < .15 and said["warning"] is None and set(said["error"]) == {*ESTIMATORS, "as logged"}
+
+# ---- units and what came of them
+
+MINUTES, T0 = dict(click=30, add_to_cart=1440, purchase=7 * 1440), datetime(2026, 11, 2, tzinfo=timezone.utc)
+EVENT = dict(event_id=pl.String, event_type=pl.String, ts=UTC, received_ts=UTC, visitor_id=pl.String, user_id=pl.String, session_id=pl.String, item_id=pl.String, quantity=pl.Int32, price=pl.Float64,
+             request_id=pl.String, position=pl.Int32, placement=pl.String, variant=pl.String, consent=pl.Boolean)
+
+def shop(n, seed, crossing=0.0):
+    "Lists, events and links of visitors, some of whom are one person on two devices."
+    rng, lists, events, links = np.random.default_rng(seed), [], [], []
+    add = lambda kind, v, at, request=None, price=None: events.append((f"{len(events)}", kind, at, at, v, None, v, "a", 1, price, request, 1, None, None, True))
+    for k in range(n):
+        devices, variant = [f"{k}-{d}" for d in range(1 + (rng.random() < .3))], rng.choice(["control", "new"])
+        links += [(d, f"u{k}", T0, T0) for d in devices if len(devices) > 1]
+        for j, d in enumerate(devices):
+            at = T0 + timedelta(days=float(rng.uniform(0, 14)))
+            lists.append((f"r{d}", at, variant if not j or rng.random() >= crossing else "new" if variant == "control" else "control", d, None, ["a", "b"], 5.0))
+            add("impression", d, at, f"r{d}")
+            if rng.random() < .3: add("click", d, at + timedelta(minutes=float(rng.uniform(0, 60))), f"r{d}")
+            for delay in rng.uniform(-10, 10, rng.poisson(.4)): add("purchase", d, at + timedelta(days=float(delay)), None, float(rng.integers(1, 9)))
+    return pl.DataFrame(lists, schema=LISTS, orient="row"), pl.DataFrame(events, schema=EVENT, orient="row"), pl.DataFrame(links, schema=NO_LINKS.schema, orient="row")
+
+@pytest.mark.parametrize("seed, crossing", [(0, 0), (1, .5), (2, 1)])
+def test_the_table_of_units_is_what_a_loop_finds(seed, crossing):
+    lists, events, links = shop(60, seed, crossing)
+    moment, owner = T0 + timedelta(days=40), dict(links.select("visitor_id", "user_id").rows())
+    t, seen = unit_table(experiment(), lists, events.lazy(), MINUTES, moment, links), {}
+    for r in lists.rows(named=True): seen.setdefault(owner.get(r["visitor_id"], r["visitor_id"]), []).append(r)
+    kept = {u: rows for u, rows in seen.items() if len({r["variant"] for r in rows}) == 1}
+    assert t.crossed == len(seen) - len(kept) and t.units["unit"].to_list() == sorted(kept) and (t.units["mature"] == 1).all()
+    for row in t.units.rows(named=True):
+        first, window = min(r["at"] for r in kept[row["unit"]]), timedelta(days=7)
+        mine = [e for e in events.rows(named=True) if owner.get(e["visitor_id"], e["visitor_id"]) == row["unit"]]
+        bought = [e for e in mine if e["event_type"] == "purchase" and first <= e["ts"] <= first + window]
+        prior = [e for e in mine if e["event_type"] == "purchase" and first - window <= e["ts"] < first]
+        shown = {e["request_id"]: e["ts"] for e in mine if e["event_type"] == "impression"}
+        clicks = sum(e["event_type"] == "click" and e["ts"] - shown[e["request_id"]] <= timedelta(minutes=30) for e in mine)
+        assert (row["buyer"], row["revenue"], row["prior_buyer"], row["prior_revenue"]) == (bool(bought), sum(e["price"] for e in bought), bool(prior), sum(e["price"] for e in prior))
+        assert (row["impressions"], row["clicks"], row["lists"]) == (len(shown), clicks, len(kept[row["unit"]]))
+    assert t.looks[-1].sum() == len(kept) and (np.diff(t.looks, axis=0) >= 0).all()
+
+def test_nothing_after_the_moment_is_seen():
+    lists, events, links = shop(60, 5)
+    moment = T0 + timedelta(days=9)
+    whole = unit_table(experiment(), lists, events.lazy(), MINUTES, moment, links)
+    cut = unit_table(experiment(), lists.filter(pl.col("at") < moment), events.filter(pl.col("ts") < moment).lazy(), MINUTES, moment, links)
+    assert whole.units.equals(cut.units) and (whole.looks == cut.looks).all()
+    assert (whole.units.filter(pl.col("mature") == 0)["buyer"] == 0).all()
+
+def test_late_purchases_are_corrected_for():
+    rng, errors = np.random.default_rng(0), []
+    for _ in range(30):
+        age, buys, after = rng.uniform(0, 14, 20_000), rng.random(20_000) < .05, rng.triangular(0, 1, 7, 20_000)
+        seen = buys & (after <= age)
+        errors.append(seen.sum() / maturity(age, after[seen & (age >= 7)], 7).sum() / .05 - 1)
+    assert abs(np.mean(errors)) < .02
+
+def test_nobody_exposed_is_said():
+    with pytest.raises(RecsysError, match="nobody was exposed"): unit_table(experiment(), pl.DataFrame(schema=LISTS), pl.DataFrame(schema=EVENT).lazy(), MINUTES, T0)
+
+def test_lists_of_an_experiment_are_read_from_the_log(tmp_path):
+    (tmp_path/"served"/"day=2026-11-02").mkdir(parents=True)
+    line = lambda variant, visitor="v": json.dumps(dict(request_id="r", at=T0.timestamp(), variant=variant, visitor_id=visitor, user_id=None, items=[["a", 1, 1, ["x"]]], level=0, request={}))
+    (tmp_path/"served"/"day=2026-11-02"/"1.jsonl").write_text("\n".join([line("x:new"), line("y:a,x:control"), line("xx:new"), line("default"), line("x:new", None)]) + "\n{\"cut")
+    assert lists_of(tmp_path, "x")["variant"].to_list() == ["new", "control"]

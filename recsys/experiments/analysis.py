@@ -29,19 +29,21 @@ class Of(NamedTuple):
     "A metric as columns of the table of units."
     title: str
     numer: str
-    denom: str | None    # None: the unit itself
+    denom: str           # "mature": the unit itself, if the table does not have that column
     up: int              # 1: more is better; -1: less is
 
 METRIC = dict(ctr=Of("clicks per impression", "clicks", "impressions", 1), cart_rate=Of("cart additions per impression", "carts", "impressions", 1),
-              conversion=Of("buying visitors", "buyer", None, 1), revenue=Of("revenue per visitor", "revenue", None, 1),
+              conversion=Of("buying visitors", "buyer", "mature", 1), revenue=Of("revenue per visitor", "revenue", "mature", 1),
               diversity=Of("diversity of a list", "diversity", "lists", 1), latency_ms=Of("latency of a list, ms", "latency_ms", "lists", -1))
 
 # %% ../../nbs/8_experiments/03_analysis.ipynb #b055c3bd
 def columns_of(metric: str, columns: list[str]) -> list[str | None]:
     "Numerator, denominator, and both from before the experiment, None where there is none."
     m = METRIC[metric]
-    prior = [f"prior_{c}" if c else None for c in (m.numer, m.denom)]
-    return [m.numer, m.denom, *(prior if all(c is None or c in columns for c in prior) else (None, None))]
+    by_unit, prior = m.denom == "mature", (f"prior_{m.numer}", f"prior_{m.denom}")
+    denom = None if by_unit and m.denom not in columns else m.denom
+    if prior[0] in columns and by_unit: return [m.numer, denom, prior[0], None]
+    return [m.numer, denom, *(prior if all(c in columns for c in prior) else (None, None))]
 
 def aggregates(units: pl.DataFrame, metrics: list[str]) -> dict[str, Aggregates]:
     "What the analysis has to know of each variant."

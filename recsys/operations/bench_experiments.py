@@ -28,7 +28,7 @@ from .bench import machine
 from ..serving.assignment import Experiment, Experiments, Variant, assign, book_of, salt_of, unit_hashes, variants_of, weights_of
 
 # %% ../../nbs/9_operations/18_bench_experiments.ipynb #695b754a
-PAIRS = {m: (of.numer, of.denom or "one") for m, of in METRIC.items()}
+PAIRS = {m: (of.numer, "one" if of.denom == "mature" else of.denom) for m, of in METRIC.items()}
 
 def unit_pool(n: int, seed: int) -> dict[str, np.ndarray]:
     "Simulated visitors: tastes differ, some look at many lists, few buy, prices have a long tail."
