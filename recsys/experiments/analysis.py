@@ -85,8 +85,9 @@ def compare(control: Aggregates, treatment: Aggregates, metric: str, columns: li
     once, always = said(1 - alpha), said(_level(float(multiplier(n, planned, alpha))))
     if not once.control > 0 or not once.treatment > 0 or not math.isfinite(once.statistic): return None
     se = abs(once.effect_size / once.statistic if once.statistic else 0) / once.control
-    return Compared(metric, variant, segment, n, once.control, once.treatment, once.rel_effect_size, always.rel_effect_size_ci_lower, always.rel_effect_size_ci_upper,
-                    once.rel_effect_size_ci_lower, once.rel_effect_size_ci_upper, float(always_valid_p(once.statistic, n, planned, alpha)), once.pvalue, se, bool(columns[2]))
+    values = (once.control, once.treatment, once.rel_effect_size, always.rel_effect_size_ci_lower, always.rel_effect_size_ci_upper, once.rel_effect_size_ci_lower,
+              once.rel_effect_size_ci_upper, always_valid_p(once.statistic, n, planned, alpha), once.pvalue, se)
+    return Compared(metric, variant, segment, int(n), *map(float, values), bool(columns[2]))
 
 # %% ../../nbs/8_experiments/03_analysis.ipynb #3fb360dd
 class _P(NamedTuple): pvalue: float # what the library wants to see of a result

@@ -224,7 +224,7 @@ def bench_experiments(out: str | Path, settings: Settings, tests: int = 10_000, 
     say("the sample ratio"); said |= dict(srm_false_alarm_rate=ratio_tests(10 * tests, seed), srm_power=ratio_tests(2 * tests, seed + 1, .51), srm_planned=float(_srm_odds()[0]), srm_planned_power=float(_srm_odds()[1]))
     say("experiments without an effect"); aa = aa_tests(tests, 200, 28, seed)
     said |= dict(aa=aa, aa_false_positive_rate=max(aa["always"].values()), peeking_false_positive_rate=max(aa["naive"].values()), once_false_positive_rate=max(aa["once"].values()), library_difference=aa["library_difference"])
-    say("experiments with an effect"); power = power_tests(max(1, tests // 4), seed)
+    say("experiments with an effect"); power = power_tests(max(1, tests // 2), seed)
     said |= dict(power=power, power_gap=power["gap"])
     say("real experiments"); real = _real(Path(data) if data else settings.data_dir)
     a, o = real.get("asos"), real.get("open_bandit")
