@@ -1,6 +1,7 @@
 "Experiments: figures as other libraries give them, false alarms as promised, decisions that follow from the figures."
-import json
+import json, re
 from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from recsys.experiments.sequential import Walk, always_valid_p, crossing, multip
 from recsys.experiments.units import LISTS, lists_of, maturity, unit_table
 from recsys.operations.bench_experiments import aa_tests, asos_decisions, library_z, moments, open_bandit, power_tests, ratio_tests, thompson, unit_pool, z_of
 from recsys.serving.assignment import Experiment, Variant
+from shop import ROOT, recsys, settings_text
 
 def made_up(n, seed, lift=0.0):
     "Units of a simulated experiment."
@@ -389,3 +391,66 @@ def test_lists_of_an_experiment_are_read_from_the_log(tmp_path):
     line = lambda variant, visitor="v": json.dumps(dict(request_id="r", at=T0.timestamp(), variant=variant, visitor_id=visitor, user_id=None, items=[["a", 1, 1, ["x"]]], level=0, request={}))
     (tmp_path/"served"/"day=2026-11-02"/"1.jsonl").write_text("\n".join([line("x:new"), line("y:a,x:control"), line("xx:new"), line("default"), line("x:new", None)]) + "\n{\"cut")
     assert lists_of(tmp_path, "x")["variant"].to_list() == ["new", "control"]
+
+# ---- the job and the commands
+
+FILE = """[[experiment]]
+name = "layout"
+owner = "web team"
+hypothesis = "A calmer layout brings more clicks"
+primary = "ctr"
+minimum_effect = 0.1
+guardrails = { revenue = 0.5 }
+ramp = [[2026-11-02, 1.0]]
+variant = [{ name = "control" }, { name = "calm" }]
+"""
+
+@pytest.fixture
+def project(tmp_path):
+    "A project with the logs of an experiment; a function that writes how many people of the second variant click and are lost."
+    for name in ("nbs", "constraints.txt"): (tmp_path/name).symlink_to(ROOT/name)
+    (tmp_path/"settings.ini").write_text(settings_text().replace("\nfile =\n", "\nfile = e.toml\n", 1)); (tmp_path/"e.toml").write_text(FILE)
+    def write(more, lost=0.0, n=3000):
+        rng, step, lines, events = np.random.default_rng(0), tmp_path/"data"/"steps"/"ingest-x", [], []
+        for folder in (step/"events"/"day=2026-11-02", tmp_path/"data"/"served"/"day=2026-11-02"): folder.mkdir(parents=True, exist_ok=True)
+        add = lambda kind, v, at, request: events.append((str(len(events)), kind, at, at, v, None, v, "a", 1, 9.0, request, 1, None, None, True, None))
+        for k in range(n):
+            at, v = T0 + timedelta(days=float(rng.uniform(0, 10))), rng.choice(["control", "calm"])
+            if v == "calm" and rng.random() < lost: continue
+            lines.append(json.dumps(dict(request_id=f"r{k}", at=at.timestamp(), variant=f"layout:{v}", visitor_id=f"v{k}", user_id=None, items=[["a", 1, 1, []]], took_ms=8.0)))
+            add("impression", f"v{k}", at, f"r{k}")
+            if rng.random() < .1 * (more if v == "calm" else 1): add("click", f"v{k}", at, f"r{k}")
+            if rng.random() < .2: add("purchase", f"v{k}", at + timedelta(days=1), None)
+        (tmp_path/"data"/"served"/"day=2026-11-02"/"1.jsonl").write_text("\n".join(lines) + "\n")
+        pl.DataFrame(events, schema=EVENT | dict(flag=pl.String), orient="row").sort("ts").write_parquet(step/"events"/"day=2026-11-02"/"events.parquet")
+        pl.DataFrame(dict(item_id=["a"], category=["X"])).write_parquet(step/"items.parquet")
+        NO_LINKS.write_parquet(step/"links.parquet"); (step/"ingest.json").write_text(json.dumps(dict(moment="2026-11-13T00:00:00+00:00")))
+        return tmp_path
+    return write
+
+def text_of(page): return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.read_text()))
+
+def test_analyse_writes_a_page_that_begins_with_the_decision(project):
+    folder = project(2)
+    run = recsys(folder, "experiment", "analyse", "layout")
+    assert run.returncode == 0 and run.stdout.startswith("Ship 'calm': clicks per impression +"), run.stderr
+    page = Path(run.stdout.split("Look at ")[1].strip())
+    text = text_of(page)
+    assert text.index("Ship 'calm'" if "Ship 'calm'" in text else "Ship") < text.index("Sample ratio") and "always valid" in text and page.stat().st_size < 1_500_000
+    assert json.loads((page.parent/"out"/"decision.json").read_text())["answer"] == "better"
+
+def test_no_figure_is_shown_when_the_sample_ratio_is_wrong(project):
+    run = recsys(project(2, lost=.2), "experiment", "analyse", "layout")
+    assert run.returncode == 0 and run.stdout.startswith("No result")
+    text = text_of(Path(run.stdout.split("Look at ")[1].strip()))
+    assert "No figures are shown" in text and "clicks per impression" not in text.split("How this was computed")[0]
+
+def test_commands_say_what_is_wrong_in_a_line(project):
+    folder = project(1, n=10)
+    assert "layout" in recsys(folder, "experiment", "list").stdout and "nothing wrong" in recsys(folder, "experiment", "check", "e.toml").stdout
+    (folder/"bad.toml").write_text(FILE.replace('name = "calm"', 'name = "calm", rules = "none.toml"'))
+    for args, words in ((("analyse", "nope"), "no experiment 'nope'"), (("check", "bad.toml"), "no such rules file"), (("check", "none.toml"), "no such experiment file")):
+        run = recsys(folder, "experiment", *args)
+        assert run.returncode == 1 and words in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
+    run = recsys(folder, "experiment", "list", env=dict(RECSYS_EXPERIMENTS_FILE=""))
+    assert run.returncode == 1 and "no experiment file is named" in run.stderr

@@ -134,6 +134,47 @@ def _status(a):
     print(f"serving: {(bundles/'current').resolve().name if (bundles/'current').exists() else 'nothing yet'}   versions: {', '.join(versions(bundles)) or 'none'}")
     return 0
 
+# %% ../../nbs/9_operations/07_cli.ipynb #e7c0a1b3
+def _experiment_list(a):
+    from datetime import datetime, timezone
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    from recsys.core.settings import load_settings
+    from recsys.experiments.run import experiments_of
+    from recsys.serving.assignment import weights_of
+    found, now, table = experiments_of(load_settings()), datetime.now(timezone.utc).date(), Table()
+    for name in ("experiment", "owner", "primary", "unit", "layer", "taking part", "variants"): table.add_column(name, overflow="fold")
+    for e in found.experiment:
+        share = next((s for d, s in reversed(e.ramp) if d <= now), 0) * (e.slots[1] - e.slots[0]) / 1000 if e.on and found.on else 0
+        table.add_row(*map(Text, (e.name, e.owner, e.primary, e.unit, f"{e.layer} {e.slots[0]}-{e.slots[1]}", f"{share:.0%}" if e.on and found.on else "off", ", ".join(f"{v.name} {w:.0%}" for v, w in zip(e.variant, weights_of(e))))))
+    Console().print(table)
+    return 0
+
+def _experiment_check(a):
+    from pathlib import Path
+    from recsys.core.settings import RecsysError
+    from recsys.ranking.rules import read_rules
+    from recsys.serving.assignment import read_experiments
+    found = read_experiments(a.file)
+    for e in found.experiment:
+        for v in e.variant:
+            if v.rules: read_rules(Path(a.file).parent/v.rules)
+    print(f"{a.file}: {len(found.experiment)} experiments, nothing wrong")
+    return 0
+
+def _experiment_analyse(a):
+    from recsys.core.files import read_json
+    from recsys.core.settings import load_settings
+    from recsys.experiments.run import experiment_of
+    from recsys.operations.runner import run_job
+    s = load_settings()
+    experiment_of(s, a.name) # a wrong name is told before anything is run
+    page = run_job("experiment", dict(name=a.name), s)
+    print(f"{read_json(page.parent/'out'/'decision.json')['sentence']}\nLook at {page}")
+    return 0
+
+
 # %% ../../nbs/9_operations/07_cli.ipynb #fea7f05f
 def _keys_new(a):
     from recsys.serving.keys import new_key
@@ -407,6 +448,10 @@ def parser() -> argparse.ArgumentParser:
     c = of(sub, "drift", _drift, "compare any two Parquet tables: report.html and report.json; exit code 2 if something moved materially")
     for name, text in (("--reference", "the table to compare with"), ("--current", "the table in question")): c.add_argument(name, required=True, metavar="FILE", help=f"{text}: Parquet, or a quoted pattern of files")
     c.add_argument("--unit", metavar="COLUMN", help="whose row it is (user, visitor): rows of one unit are not independent"); c.add_argument("--model", metavar="FILE", help="LightGBM text file: weight of each column in the model")
+    experiment = command("experiment", None, "who sees which variant, and which is better").add_subparsers(required=True, metavar="WHAT")
+    c = experiment.add_parser("list", help="what is in the experiment file", description="what is in the experiment file"); c.set_defaults(do=_experiment_list)
+    c = experiment.add_parser("check", help="is a file right?", description="is a file right?"); c.set_defaults(do=_experiment_check); c.add_argument("file", metavar="FILE")
+    c = experiment.add_parser("analyse", help="decide, and write the page", description="decide, and write the page"); c.set_defaults(do=_experiment_analyse); c.add_argument("name", metavar="NAME")
     bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
     rectools = "also EASE, SASRec and BERT4Rec by RecTools, in an environment of their own"
     c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
