@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRIME', 'Slug', 'Said', 'Share', 'Metric', 'METRICS', 'SLOTS', 'NO_EXPERIMENTS', 'ONE', 'DIE', 'unit_hash', 'Salt',
            'salt_of', 'word_of', 'unit_hashes', 'words_of', 'Variant', 'Experiment', 'Experiments', 'read_experiments',
-           'Choice', 'Compiled', 'Book', 'weights_of', 'compiled', 'book_of', 'variants_of', 'assign', 'Exposures']
+           'Choice', 'Compiled', 'Book', 'weights_of', 'compiled', 'book_of', 'variants_of', 'assign', 'Exposures',
+           'Pick', 'team_draft']
 
 # %% ../../nbs/5_serving/17_assignment.ipynb #04fbb6c7
 import re, tomllib
@@ -241,3 +242,24 @@ class Exposures:
         if len(self.new) >= self.most: self.old, self.new = self.new, set()
         self.new.add(key)
         return True
+
+# %% ../../nbs/5_serving/17_assignment.ipynb #045ad17c
+class Pick(NamedTuple):
+    "An item of an interleaved list."
+    item: str
+    team: int          # 0 or 1: whose pick it is
+    propensity: float  # of this item at this place, given those above
+
+def team_draft(first: list[str], second: list[str], n: int, request_id: str) -> list[Pick]:
+    "At most `n` items of two rankings, drafted by turns."
+    lists, out, taken, told = (first, second), [], set(), False
+    coins = _number(blake2s(f"draft {request_id}".encode("utf-8", "surrogatepass")).digest(), "little")
+    for k in range(n):
+        heads = [next((i for i in l if i not in taken), None) for l in lists]
+        if heads == [None, None]: break
+        team = coins >> k // 2 & 1 ^ k % 2 # the coin of the round; its second pick is the other's
+        differ = heads[0] != heads[1] and None not in heads
+        chance, told = (.5 if differ and not (k % 2 and told) else 1.0), differ # told: what was picked has shown the coin
+        if heads[team] is None: team = 1 - team
+        out.append(Pick(heads[team], team, chance)); taken.add(heads[team])
+    return out
