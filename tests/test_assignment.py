@@ -168,7 +168,9 @@ def test_a_wrong_file_says_where(tmp_path, old, new, what):
 def test_experiments_may_not_share_slots_or_names(tmp_path):
     other = GOOD.replace('name = "a"', 'name = "b"')
     assert "reserve the same slots" in said(tmp_path, GOOD + other) and "stands twice" in said(tmp_path, GOOD + GOOD)
-    (tmp_path/"e.toml").write_text(GOOD + other.replace("[0, 500]", "[500, 1000]") + other.replace('"b"', '"c"').replace("slots", 'layer = "m"\nslots'))
+    third = other.replace('"b"', '"c"').replace("slots", 'layer = "m"\nslots')
+    assert "both change bundle" in said(tmp_path, GOOD + third) and "different units" in said(tmp_path, GOOD + other.replace("slots = [0, 500]", 'unit = "user"\nslots = [500, 1000]'))
+    (tmp_path/"e.toml").write_text(GOOD + other.replace("[0, 500]", "[500, 1000]") + third.replace(", budget = 100", ""))
     assert [e.name for e in read_experiments(tmp_path/"e.toml").experiment] == ["a", "b", "c"]
 
 def test_a_missing_file_and_one_that_is_no_text(tmp_path):

@@ -119,6 +119,10 @@ def _flaw(e: Experiment) -> tuple[str, str] | None:
     if len(shown) < 2 and e.guardrails.keys() - {"latency_ms"}: return "guardrails need a variant that is shown", "only latency_ms can suffer from a shadow"
 
 # %% ../../nbs/5_serving/17_assignment.ipynb #6cb52c2c
+def _engines(e: Experiment) -> bool:
+    "Does a variant need an engine of its own?"
+    return any(v.bundle or v.rules or v.per_source or v.budget for v in e.variant)
+
 def _check(found: Experiments, file: str):
     "`RecsysError` for what must not be."
     for e in found.experiment:
@@ -126,6 +130,8 @@ def _check(found: Experiments, file: str):
     for k, e in enumerate(found.experiment):
         for o in found.experiment[:k]:
             if e.name == o.name: raise RecsysError(f"experiment '{e.name}' stands twice", file, "a new experiment needs a new name: it decides who sees what")
+            if e.layer == o.layer and e.unit != o.unit: raise RecsysError(f"experiments '{o.name}' and '{e.name}' of layer '{e.layer}' have different units", file, "a layer keeps experiments apart only if all have the same unit")
+            if e.layer != o.layer and _engines(e) and _engines(o): raise RecsysError(f"experiments '{o.name}' and '{e.name}' both change bundle, rules or candidates, in different layers", file, "put them into one layer: a request has one engine")
             if e.layer == o.layer and max(e.slots[0], o.slots[0]) < min(e.slots[1], o.slots[1]):
                 raise RecsysError(f"experiments '{o.name}' and '{e.name}' reserve the same slots of layer '{e.layer}'", file, "move one, or put it into another layer")
 
