@@ -23,6 +23,7 @@ from ..data.log import EventLog, compact_log, prune_log
 from ..data.shown import prune_shown
 from ..features.definitions import NAMES as FEATURES
 from ..ranking.rules import Filter
+from .assignment import Choice, assign
 from .bundle import Bundle, night_of, open_bundle, verify_bundle, versions
 from .engine import Answer, Engine, Impression, Request, contributions_of, rank, recommend, similar
 from .freshness import DEMAND, Counters, demand, joined, rising
@@ -34,6 +35,7 @@ from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
 from .state import LocalStore, open_state
 from .visitor import seconds
+from .variants import Knobs, Variants, engine_for, follow, shadows, text_of
 
 log = logging.getLogger("recsys.serving")
 
@@ -107,16 +109,18 @@ class Served(Struct, omit_defaults=True):
     user_id: str | None
     items: list[tuple[str, float, float, list[str]]] # item, score, propensity, sources
     x: list[list[float]] = []  # features of each place
+    exposed: list[str] = []    # variants that the unit sees for the first time here
+    took_ms: float = 0.0
     kind: str = "recommend"    # or rank, similar
     candidates: list[str] = [] # of rank: what was to be put in order
 
-def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float, kind: str = "recommend", candidates: list[str] = []) -> bytes:
+def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float, exposed=(), kind: str = "recommend", candidates: list[str] = []) -> bytes:
     "The line for the log; `rows` of the engine's memory whose features are kept, or None."
     items = [(s.item_id, s.score, s.propensity, s.source) for s in answer.items]
     nobody = {} if request.consent else dict(user_id=None, visitor_id=None, session_id=None) # who did not consent is not remembered here either
     slim = msgspec.structs.replace(request, impressions=[], **nobody)
     return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, slim.visitor_id, slim.user_id, items,
-                                      [] if rows is None else engine.work.x[rows].tolist(), kind, candidates))
+                                      [] if rows is None else engine.work.x[rows].tolist(), list(exposed), answer.took_ms, kind, candidates))
 
 # %% ../../nbs/5_serving/16_service.ipynb #a96c4d0c
 class Service:
@@ -126,6 +130,7 @@ class Service:
         self.settings, self.bundles, self.per_source, self.budget = settings, Path(bundles), c.per_source, c.budget
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours, settings.log.backlog_mb)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
+        self.variants = Variants(settings.resolve(settings.experiments.file) if settings.experiments.file else None)
         self.engine, self.before, self.failed, self.live, self.version = None, None, (None, 0.0), {}, 0
         self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
@@ -264,22 +269,40 @@ def _wanted_since(service: Service, codes: dict[str, int]) -> tuple:
     known = [(codes[i], t) for i, t in pairs if i in codes]
     return at, (np.array([c for c, _ in known], np.int32), np.array([t for _, t in known], np.float64))
 
+def _engines(service: Service) -> list[Engine]: return [service.engine, *service.variants.now.engines.values()]
+
+def _variant(service: Service, knobs: Knobs, rules) -> Engine:
+    "A warm engine for a variant, under its own `rules` if it has any."
+    folder = service.bundles/(knobs.bundle or service.engine.bundle.folder.name)
+    if knobs.bundle: verify_bundle(folder)
+    engine = open_engine(folder, knobs.per_source or service.per_source, knobs.budget or service.budget)
+    if rules: engine.use(rules); warm_up(engine)
+    engine.sold = _sellable(engine.bundle, service.live.copy(), datetime.now(timezone.utc))
+    refresh(service, engine)
+    return engine
+
+def _follow_all(service: Service):
+    "Follow the promoted version and the experiment file."
+    _follow(service)
+    if follow(service.variants, service.engine.bundle.folder.name, lambda knobs, rules: _variant(service, knobs, rules)):
+        for engine in _engines(service)[1:]: _stock(service, service.live.copy(), engine)  # what was put in between
+
 def keep_up(service: Service, beat: float = .25):
-    "Until the service is closed: follow the live items, the demand and the promoted version; roll the log and sweep the state from time to time."
+    "Until the service is closed: follow the live items, the demand, the promoted version and the experiments; roll the log and sweep the state from time to time."
     following = roll = threading.Thread()
     dated = _dated(service.live)
     beats, tidy = 0, max(1, int(service.settings.log.roll_minutes * 60 / beat))
     while not service.stopped.wait(beat):
         beats += 1
         try:
-            new, engine = _items(service), service.engine
+            new, engines = _items(service), _engines(service)
             dated |= _dated(new)
             if beats % 4 == 0: new = dated | new
-            if new: _stock(service, new, engine)
+            for engine in engines if new else (): _stock(service, new, engine)
             if beats % 4 == 0: logged(service.meter, service.log.counts())
-            if beats % 8 == 0 and _tail(service): refresh(service, engine)
+            for engine in engines if beats % 8 == 0 and _tail(service) else (): refresh(service, engine)
             if beats % 4 == 0 and service.live: wake(service.settings)
-            if beats % 4 == 0 and not following.is_alive(): (following := threading.Thread(target=_follow, args=(service,), daemon=True)).start()
+            if beats % 4 == 0 and not following.is_alive(): (following := threading.Thread(target=_follow_all, args=(service,), daemon=True)).start()
             if beats % tidy == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
         except Exception as e: log.warning("could not keep up: %s", e)
 
@@ -319,15 +342,19 @@ def start(service: Service):
     _first(service)
     _follow(service)
     _tail(service); refresh(service, service.engine)
+    _follow_all(service)
     threading.Thread(target=keep_up, args=(service,), daemon=True).start()
 
 # %% ../../nbs/5_serving/16_service.ipynb #3754e763
 def ask(service: Service, request: Request, request_id: str) -> Answer:
     "The answer to `POST /v1/recommend`."
     engine, begin, now, blind = service.ready(), time.perf_counter(), time.time(), False
+    running, chosen = service.variants.now, []
     level = service.pressure.level(request.timeout_ms)
     if request.consent and (request.visitor_id or request.user_id):
         state = service.store.read(request.visitor_id, request.user_id, request.session_id, now)
+        chosen = assign(running.book, request.visitor_id, request.user_id or state.user_id, request.placement, None, now)
+        engine = engine_for(running.engines, chosen, engine)
         request, blind = completed(request, state, now, engine.rules.fatigue is not None), state.degraded
     known = time.perf_counter()
     try: answer = recommend(engine, request, request_id, level)
@@ -336,20 +363,43 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
         level = 4
         answer = recommend(engine, request, request_id, level)
     took = (time.perf_counter() - begin) * 1e3
+    answer.variant = text_of(chosen)
     answer.degraded, answer.took_ms = answer.degraded or blind, round(took, 3)
     answer.stage_ms["state"] = round((known - begin) * 1e3, 3)
     if not request.explain: service.pressure.took(level, took)
     listed(service.meter, answer.fallback_level, answer.degraded, answer.took_ms, answer.stage_ms)
     service.count += 1
     sampled = engine.last if service.count % service.settings.serving.features_one_in == 0 else None
-    service.log.served(served_record(engine, request, answer, level, sampled, now))
+    exposed = [c.text for c in chosen if service.variants.exposures.first(c, request.visitor_id, request.user_id)]
+    service.log.served(served_record(engine, request, answer, level, sampled, now, exposed))
+    for c, dark in shadows(running.engines, chosen): _soon(_shadow, service, c, dark, request, request_id, level, now)
     return answer
 
+def _soon(do, *args):
+    "After what is under way, if there is a loop to do it in."
+    try: asyncio.get_running_loop().call_soon(do, *args)
+    except RuntimeError: do(*args)
+
+def _shadow(service: Service, c: Choice, engine: Engine, request: Request, request_id: str, level: int, now: float):
+    "Make and log the list of a variant that is not shown."
+    begin = time.perf_counter()
+    try: answer = recommend(engine, request, f"{request_id}#shadow", level)
+    except Exception: log.exception("the shadow '%s' failed", c.text); return
+    answer.variant, answer.took_ms = f"shadow {c.text}", round((time.perf_counter() - begin) * 1e3, 3)
+    service.log.served(served_record(engine, request, answer, level, None, now))
+
 # %% ../../nbs/5_serving/16_service.ipynb #66f9419d
+def _engine_of(service: Service, variant: str, version: str) -> Engine | None:
+    "The engine that makes the lists of a variant, if it still has the `version`; of the usual one also the one before."
+    running, texts = service.variants.now, variant.split(",")
+    own = engine_for(running.engines, [c for e in running.book.experiments for c in e.choices if c.text in texts], None)
+    night = version.partition("~")[0]  # a version of the day will do for another of the same night
+    return next((e for e in ([own] if own else [service.engine, service.before]) if e and night_of(e.bundle.manifest) == night), None)
+
 async def ask_why(service: Service, request: Request, request_id: str) -> Answer:
     "The answer to a question with `explain`."
     answer = ask(service, msgspec.structs.replace(request, explain=False), request_id)
-    return await _with_contributions(service, service.engine, answer)
+    return await _with_contributions(service, _engine_of(service, answer.variant, answer.model_version) or service.engine, answer)
 
 async def _with_contributions(service: Service, engine: Engine, answer: Answer) -> Answer:
     "`answer`, which `engine` gave last, with what moved each score."
@@ -375,7 +425,7 @@ def ask_rank(service: Service, request, request_id: str) -> Answer:
     request = Request(**{f: getattr(request, f) for f in Request.__struct_fields__})
     if known: request = completed(request, service.store.read(request.visitor_id, request.user_id, request.session_id, now), now, False)
     answer = rank(engine, request, candidates, request_id)
-    service.log.served(served_record(engine, request, answer, 0, None, now, "rank", candidates))
+    service.log.served(served_record(engine, request, answer, 0, None, now, (), "rank", candidates))
     return answer
 
 def ask_similar(service: Service, question, request_id: str) -> Answer:
@@ -384,7 +434,7 @@ def ask_similar(service: Service, question, request_id: str) -> Answer:
     service.pressure.level(None)
     if question.item_id not in engine.bundle.item_codes: raise Refused(404, "not_found", "no such item")
     answer = similar(engine, question.item_id, question.n, question.filter, request_id)
-    service.log.served(served_record(engine, Request(n=question.n, items=[question.item_id], filter=question.filter), answer, 0, None, time.time(), "similar"))
+    service.log.served(served_record(engine, Request(n=question.n, items=[question.item_id], filter=question.filter), answer, 0, None, time.time(), (), "similar"))
     return answer
 
 # %% ../../nbs/5_serving/16_service.ipynb #b80b4751
@@ -441,7 +491,6 @@ def explain(service: Service, request_id: str) -> tuple[Engine, Request, int, li
     "What has to be asked again for the list with an id: (engine, request, level), and which items were given; else `Refused`."
     found = _record(service, request_id)
     if found is None or found.kind != "recommend": raise Refused(404, "not_found", "no list with this id was given lately" if found is None else f"this is a list of {found.kind}, which cannot be asked again")
-    night = found.model_version.partition("~")[0]
-    engine = next((e for e in (service.engine, service.before) if e and night_of(e.bundle.manifest) == night), None)
+    engine = _engine_of(service, found.variant, found.model_version)
     if engine is None: raise Refused(404, "not_found", f"the list was made by version {found.model_version}, which is no longer loaded")
     return engine, found.request, found.asked, [i for i, *_ in found.items]
