@@ -3281,6 +3281,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'recsys/operations/runner.py'),
                                           'recsys.operations.runner._logged_kernels': ( '9_operations/runner.html#_logged_kernels',
                                                                                         'recsys/operations/runner.py'),
+                                          'recsys.operations.runner._on_trial': ( '9_operations/runner.html#_on_trial',
+                                                                                  'recsys/operations/runner.py'),
                                           'recsys.operations.runner._relative': ( '9_operations/runner.html#_relative',
                                                                                   'recsys/operations/runner.py'),
                                           'recsys.operations.runner.bundles_folder': ( '9_operations/runner.html#bundles_folder',

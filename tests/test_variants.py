@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from recsys.core.settings import load_settings
 from recsys.data.shown import served_records
 from recsys.experiments.units import lists_of
+from recsys.operations.runner import prune
 from recsys.ranking.rules import read_rules
 from recsys.serving.assignment import assign, book_of, read_experiments
 from recsys.serving.bundle import open_bundle, promote
 from recsys.serving.engine import Engine, Request, recommend
+from shop import settings_text
 from test_serving import BUDGET, PER_SOURCE, ask, publish, serving, tables
 
 FILE = """
@@ -141,3 +144,15 @@ def test_the_kill_switch_and_a_slip_of_the_editor(server):
     until(lambda: kinds() == {"dark", "default"})                        # one variant cannot be opened: none of its experiment is shown
     file.write_text("on = false\n" + FILE); until(lambda: kinds() == {"default"})
     file.write_text(FILE); until(lambda: kinds() == {"lists", "dark"})
+
+def test_versions_in_experiments_are_not_cleared_away(tmp_path):
+    (tmp_path/"settings.ini").write_text(settings_text(keep=1).replace("\nfile =\n", "\nfile = e.toml\n", 1)); (tmp_path/"e.toml").write_text(FILE)
+    s = load_settings(tmp_path/"settings.ini")
+    def versions(*names):
+        for k, name in enumerate(names): (tmp_path/"data"/"bundles"/name).mkdir(parents=True, exist_ok=True); os.utime(tmp_path/"data"/"bundles"/name, (k, k))
+        return prune(s)
+    assert versions("v1", "v2", "v3", "v4") == ["v1", "v3"]
+    (tmp_path/"e.toml").write_text("oops")
+    assert versions("v1", "v2", "v3", "v4") == []
+    (tmp_path/"e.toml").write_text("")
+    assert versions("v1", "v2", "v3", "v4") == ["v1", "v2", "v3"]
