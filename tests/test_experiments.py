@@ -15,13 +15,17 @@ from recsys.core.settings import RecsysError
 from recsys.data.events import UTC
 from recsys.data.identity import NO_LINKS
 from recsys.experiments.analysis import METRIC, aggregates, columns_of, compare, comparisons, corrected, decide, guarded, remaining_days
+from recsys.experiments.gate import clicked, explored, gate_of, would_show
 from recsys.experiments.off_policy import ESTIMATORS, Rows, arm_rates, best_strength, evaluate, gate, influence, overlap, rows_of, shrunk, standard_error
 from recsys.experiments.sample_ratio import ALARMS, deviation, sample_ratio, spent
 from recsys.experiments.sequential import Walk, always_valid_p, crossing, multiplier, needed, power, spending_bounds, units_for
 from recsys.experiments.units import LISTS, lists_of, maturity, unit_table
 from recsys.operations.bench_experiments import aa_tests, asos_decisions, library_z, moments, open_bandit, power_tests, ratio_tests, thompson, unit_pool, z_of
 from recsys.serving.assignment import Experiment, Variant
+from recsys.serving.bundle import open_bundle
+from recsys.serving.engine import Engine, Request, recommend
 from shop import ROOT, recsys, settings_text
+from test_serving import BUDGET, PER_SOURCE, publish
 
 def made_up(n, seed, lift=0.0):
     "Units of a simulated experiment."
@@ -454,3 +458,27 @@ def test_commands_say_what_is_wrong_in_a_line(project):
         assert run.returncode == 1 and words in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
     run = recsys(folder, "experiment", "list", env=dict(RECSYS_EXPERIMENTS_FILE=""))
     assert run.returncode == 1 and "no experiment file is named" in run.stderr
+
+# ---- the gate over a real engine
+
+def test_the_gate_asks_the_engine_what_it_would_have_shown(tmp_path):
+    publish(tmp_path); b = open_bundle(tmp_path/"bundles"/"v1")
+    engine, rng, lines, events, shown_as = Engine(b.state, b.ranker, PER_SOURCE, BUDGET, b), np.random.default_rng(0), [], [], []
+    for k in range(400):
+        request = Request(visitor_id=f"v{k % 50}", user_id=f"u{k % 20}", n=5)
+        own = recommend(engine, request, "r").items[4].item_id
+        item = own if rng.random() < .5 else "i0" if own != "i0" else "i1"
+        at = T0 + timedelta(minutes=k); shown_as.append(own)
+        lines.append(json.dumps(dict(request_id=f"r{k}", at=at.timestamp(), variant="default", visitor_id=request.visitor_id, user_id=request.user_id, model_version="v0", level=0, asked=0,
+                                     request=json.loads(msgspec.json.encode(request)), items=[["x", 1, 1, []]] * 4 + [[item, 1, .5, []]])))
+        events.append((f"i{k}", "impression", at, at, request.visitor_id, None, "s", item, 1, None, f"r{k}", 5, None, None, True))
+        if rng.random() < (.5 if item == own else .1): events.append((f"c{k}", "click", at, at, request.visitor_id, None, "s", item, 1, None, f"r{k}", 5, None, None, True))
+    (tmp_path/"data"/"served"/"day=2026-11-02").mkdir(parents=True); (tmp_path/"data"/"served"/"day=2026-11-02"/"1.jsonl").write_text("\n".join(lines) + "\n")
+    log = pl.DataFrame(events, schema=EVENT, orient="row").lazy()
+    places, asked = explored(tmp_path/"data", T0)
+    assert would_show(engine, asked, places) == shown_as and len(places) == 400 and {p.place for p in places} == {4}
+    said = gate_of(engine, tmp_path/"data", log, 30, T0 + timedelta(days=1), margin=.05)
+    assert said.overlap.rows == 400 and said.relative > .3 and said.verdict == "unknown" and "effective" in said.sentence # 200 effective rows are few
+    late = clicked(places, log, 30, T0 + timedelta(minutes=200))
+    assert np.isnan(late[-1]) and not np.isnan(late[0])
+    with pytest.raises(RecsysError, match="nothing was explored"): gate_of(engine, tmp_path/"data", log, 30, T0 + timedelta(days=90))
