@@ -2832,6 +2832,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'recsys/operations/cli.py'),
                                        'recsys.operations.cli._experiment_check': ( '9_operations/cli.html#_experiment_check',
                                                                                     'recsys/operations/cli.py'),
+                                       'recsys.operations.cli._experiment_gate': ( '9_operations/cli.html#_experiment_gate',
+                                                                                   'recsys/operations/cli.py'),
                                        'recsys.operations.cli._experiment_list': ( '9_operations/cli.html#_experiment_list',
                                                                                    'recsys/operations/cli.py'),
                                        'recsys.operations.cli._features_build': ( '9_operations/cli.html#_features_build',

@@ -482,3 +482,10 @@ def test_the_gate_asks_the_engine_what_it_would_have_shown(tmp_path):
     late = clicked(places, log, 30, T0 + timedelta(minutes=200))
     assert np.isnan(late[-1]) and not np.isnan(late[0])
     with pytest.raises(RecsysError, match="nothing was explored"): gate_of(engine, tmp_path/"data", log, 30, T0 + timedelta(days=90))
+    step = tmp_path/"data"/"steps"/"ingest-x"; (step/"events"/"day=2026-11-02").mkdir(parents=True)
+    log.with_columns(flag=pl.lit(None, pl.String)).sink_parquet(step/"events"/"day=2026-11-02"/"events.parquet"); (step/"ingest.json").write_text(json.dumps(dict(moment=(T0 + timedelta(days=1)).isoformat())))
+    (tmp_path/"bundles").rename(tmp_path/"data"/"bundles"); (tmp_path/"settings.ini").write_text(settings_text())
+    run = recsys(tmp_path, "experiment", "gate", "v1", env=dict(RECSYS_CANDIDATES_PER_SOURCE=str(PER_SOURCE), RECSYS_CANDIDATES_BUDGET=str(BUDGET)))
+    assert run.returncode == 4 and run.stdout.startswith("unknown: No answer") and "400 explored places" in run.stdout, run.stderr
+    run = recsys(tmp_path, "experiment", "gate", "v9")
+    assert run.returncode == 1 and "no version 'v9'" in run.stderr

@@ -174,6 +174,25 @@ def _experiment_analyse(a):
     print(f"{read_json(page.parent/'out'/'decision.json')['sentence']}\nLook at {page}")
     return 0
 
+def _experiment_gate(a):
+    from datetime import datetime
+    from recsys.core.files import read_json
+    from recsys.core.settings import RecsysError, load_settings
+    from recsys.data.events import read_events
+    from recsys.data.outcomes import outcome_minutes
+    from recsys.experiments.gate import gate_of
+    from recsys.operations.runner import bundles_folder
+    from recsys.serving.bundle import open_bundle, versions
+    from recsys.serving.engine import Engine
+    s = load_settings()
+    folder, bundles = _ingested(s), bundles_folder(s)
+    if a.version not in versions(bundles): raise RecsysError(f"no version '{a.version}'", str(bundles), f"there are: {', '.join(versions(bundles)) or 'none'}")
+    b, minutes = open_bundle(bundles/a.version), outcome_minutes(s.data.outcome_minutes)
+    if "click" not in minutes: raise RecsysError("no window for clicks", f"{s.file} [data] outcome_minutes", "write click:30")
+    said = gate_of(Engine(b.state, b.ranker, s.candidates.per_source, s.candidates.budget, b), s.data_dir, read_events(folder/"events", None), minutes["click"], datetime.fromisoformat(read_json(folder/"ingest.json")["moment"]), a.days, a.margin)
+    print(f"{said.verdict}: {said.sentence}; {said.overlap.rows:,} explored places, {said.overlap.effective:,.0f} effective")
+    return 0 if said.verdict == "open" else 4
+
 
 # %% ../../nbs/9_operations/07_cli.ipynb #fea7f05f
 def _keys_new(a):
@@ -452,6 +471,8 @@ def parser() -> argparse.ArgumentParser:
     c = experiment.add_parser("list", help="what is in the experiment file", description="what is in the experiment file"); c.set_defaults(do=_experiment_list)
     c = experiment.add_parser("check", help="is a file right?", description="is a file right?"); c.set_defaults(do=_experiment_check); c.add_argument("file", metavar="FILE")
     c = experiment.add_parser("analyse", help="decide, and write the page", description="decide, and write the page"); c.set_defaults(do=_experiment_analyse); c.add_argument("name", metavar="NAME")
+    c = experiment.add_parser("gate", help="may a version be shown to some? from what was explored", description="may a version be shown to some? from what was explored; exit code 0 only if it may"); c.set_defaults(do=_experiment_gate)
+    c.add_argument("version", metavar="VERSION"); c.add_argument("--days", type=float, default=28, help="of the log"); c.add_argument("--margin", type=float, default=.05, help="relative loss of clicks that is accepted")
     bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
     rectools = "also EASE, SASRec and BERT4Rec by RecTools, in an environment of their own"
     c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
