@@ -489,3 +489,20 @@ def test_the_gate_asks_the_engine_what_it_would_have_shown(tmp_path):
     assert run.returncode == 4 and run.stdout.startswith("unknown: No answer") and "400 explored places" in run.stdout, run.stderr
     run = recsys(tmp_path, "experiment", "gate", "v9")
     assert run.returncode == 1 and "no version 'v9'" in run.stderr
+
+def test_daily_looks_at_units_that_are_still_buying_are_seldom_wrong():
+    "Each unit buys within a week of its exposure or never; all of them are looked at again every day, as shares of units."
+    rng, days, per_day, sims, p = np.random.default_rng(4), 28, 200, 1500, .1
+    lag = np.exp(-np.arange(8) / 2); lag /= lag.sum()
+    share = np.minimum(1, np.cumsum(lag))                                # of the purchases that a unit of that age has shown
+    def looks():
+        came = rng.multinomial(per_day, np.r_[p * lag, 1 - p], (sims, days))[..., :8]   # purchases of each day's units by lag
+        out = np.zeros((sims, days, 5))
+        for d in range(days):
+            for c in range(d + 1):
+                age = min(7, d - c); x, y = came[:, c, :age + 1].sum(-1), share[age]
+                out[:, d] += np.stack([x, np.full(sims, per_day * y), x, np.full(sims, per_day * y * y), x * y], -1)
+        return out
+    n = np.arange(1, days + 1) * per_day
+    z = np.abs(z_of(looks(), looks(), n, n))
+    assert (z > multiplier(2 * n, 2 * n[-1])).any(1).mean() < .03 and (z > 1.96).any(1).mean() > .15
