@@ -84,7 +84,7 @@ def test_targets_do_not_move_anybody():
     for k in range(200):
         v = f"v{k}"
         assert chosen(aimed, v, placement="cart", segment="new") == chosen(free, v)
-        assert chosen(aimed, v, placement="product", segment="new") == chosen(aimed, v, placement="cart", segment="old") == chosen(aimed, v, placement="cart") == chosen(aimed, v, segment="new") == {}
+        assert chosen(aimed, v, placement="product", segment="new") == chosen(aimed, v, placement="cart", segment="known") == chosen(aimed, v, placement="cart") == chosen(aimed, v, segment="new") == {}
 
 def test_a_unit_that_is_not_told_takes_no_part():
     book = book_of(Experiments(experiment=(experiment("v"), experiment("u", layer="m", unit="user"))))

@@ -47,6 +47,7 @@ primary = "ctr"
 minimum_effect = 0.1
 layer = "page"
 placements = ["home"]
+segments = ["known"]
 unit = "user"
 ramp = [[2020-01-01, 1.0]]
 variant = [{ name = "control" }, { name = "red" }]
@@ -63,9 +64,9 @@ def shop(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(shop):
     os.environ["RECSYS_EXPERIMENTS_FILE"] = str(shop/"e.toml")
-    try:
-        with serving(shop, shed_ms=5000, refuse_ms=60000) as (process, port): yield SimpleNamespace(process=process, port=port, folder=shop) # a busy machine is no reason for cheaper lists here
-    finally: del os.environ["RECSYS_EXPERIMENTS_FILE"]
+    with serving(shop, shed_ms=5000, refuse_ms=60000) as (process, port): # a busy machine is no reason for cheaper lists here
+        del os.environ["RECSYS_EXPERIMENTS_FILE"]                        # the process has read it
+        yield SimpleNamespace(process=process, port=port, folder=shop)
 
 @pytest.fixture(scope="module")
 def engines(shop):
@@ -89,13 +90,14 @@ def test_each_variant_gets_its_own_list_and_its_name(server, engines):
     book, seen = book_of(read_experiments(server.folder/"e.toml")), set()
     for k in range(60):
         got = shown(server.port, f"v{k}", cart=["i9"], placement="home", user_id=f"u{k % 20}")
-        want = ",".join(c.text for c in assign(book, f"v{k}", f"u{k % 20}", "home", None, time.time()))
+        want = ",".join(c.text for c in assign(book, f"v{k}", f"u{k % 20}", "home", "known", time.time()))
         own = want.split(",")[0]
         assert got["variant"] == want and len(want.split(",")) == 2
         assert [i["item_id"] for i in got["items"]] == [s.item_id for s in recommend(engines[own], Request(visitor_id=f"v{k}", user_id=f"u{k % 20}", cart=["i9"], placement="home"), "r").items], own
         assert got["model_version"] == ("v2" if own == "lists:other" else "v1")
         seen.add(own)
     assert seen == engines.keys()
+    assert "banner" not in shown(server.port, "v1", placement="home", user_id="nobody knows")["variant"] and "banner" not in shown(server.port, "v1", placement="cart", user_id="u1")["variant"]
 
 def test_an_exposure_is_noted_once_and_a_shadow_in_the_log_only(server):
     book = book_of(read_experiments(server.folder/"e.toml"))

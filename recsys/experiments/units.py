@@ -116,7 +116,9 @@ def unit_table(e: Experiment, lists: pl.DataFrame, events: pl.LazyFrame, minutes
     closed = pl.Series(after.join(rows.select("unit", "mature"), on="unit").filter(pl.col("mature") > 0)["unit"]).implode() # a purchase of a unit that does not count yet does not either
     for part in (sums(after.filter(pl.col("unit").is_in(closed)), ""), sums(before, "prior_"), _listed(lists, category or {}, links, moment), _clicked(events, lists, minutes, links, moment)):
         rows = rows.join(part, on="unit", how="left", maintain_order="left")
-    return _table(e, rows.with_columns(pl.exclude("unit", "variant", "at").fill_null(0)), moment, crossed)
+    rows = rows.with_columns(pl.exclude("unit", "variant", "at").fill_null(0))
+    segment = pl.when(pl.col("prior_buyer") > 0).then(pl.lit("bought before")).otherwise(pl.lit("had not bought"))
+    return _table(e, rows.with_columns(segment=segment), moment, crossed)
 
 # %% ../../nbs/8_experiments/05_units.ipynb #9a5d773a
 def _table(e: Experiment, rows: pl.DataFrame, moment: datetime, crossed: int) -> Table:

@@ -91,7 +91,7 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     layer: Slug = "default"
     slots: tuple[Annotated[int, Meta(ge=0, le=SLOTS)], Annotated[int, Meta(ge=0, le=SLOTS)]] = (0, SLOTS) # of the layer: first, and the one after the last
     placements: tuple[Said, ...] = () # where it holds; (): everywhere
-    segments: tuple[Slug, ...] = ()   # of users; (): all
+    segments: tuple[Literal["new", "known"], ...] = () # known: users that the version has learnt from; (): all
     ramp: Annotated[tuple[tuple[date, Share], ...], Meta(min_length=1)] # day (UTC) from which on a share takes part
     days: Annotated[int, Meta(ge=1, le=365)] = 28
     on: bool = True                   # false: its kill switch
