@@ -506,3 +506,13 @@ def test_daily_looks_at_units_that_are_still_buying_are_seldom_wrong():
     n = np.arange(1, days + 1) * per_day
     z = np.abs(z_of(looks(), looks(), n, n))
     assert (z > multiplier(2 * n, 2 * n[-1])).any(1).mean() < .03 and (z > 1.96).any(1).mean() > .15
+
+def test_the_bench_and_its_page_do_without_real_data(tmp_path):
+    for name in ("nbs", "constraints.txt"): (tmp_path/name).symlink_to(ROOT/name)
+    (tmp_path/"settings.ini").write_text(settings_text())
+    run = recsys(tmp_path, "bench", "experiments", "--out", "f.json", "--tests", 20, "--ids", 1000)
+    assert run.returncode == 0 and "not at hand" in run.stdout, run.stderr
+    said = json.loads((tmp_path/"f.json").read_text())
+    assert {"aa_false_positive_rate", "peeking_false_positive_rate", "srm_false_alarm_rate", "srm_power", "power_gap", "asos_agreement", "asos_days_saved", "obd_relative_error", "assignment_us"} <= said.keys()
+    assert said["asos_agreement"] is None and said["aa_tests"] == 20
+    assert "not measured" in text_of(tmp_path/"reports"/"benchmarks"/"experiments.html")
