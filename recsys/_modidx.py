@@ -4045,6 +4045,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'recsys/serving/service.py'),
                                         'recsys.serving.service._items': ('5_serving/service.html#_items', 'recsys/serving/service.py'),
                                         'recsys.serving.service._live': ('5_serving/service.html#_live', 'recsys/serving/service.py'),
+                                        'recsys.serving.service._made': ('5_serving/service.html#_made', 'recsys/serving/service.py'),
                                         'recsys.serving.service._record': ('5_serving/service.html#_record', 'recsys/serving/service.py'),
                                         'recsys.serving.service._sellable': ( '5_serving/service.html#_sellable',
                                                                               'recsys/serving/service.py'),

@@ -146,12 +146,18 @@ class Service:
         logged(self.meter, self.log.counts()); self.meter.close()
 
 # %% ../../nbs/5_serving/16_service.ipynb #7378423f
+def _made(service: Service, folder: Path, per_source: int, budget: int, kin: Bundle | None = None, rules=None) -> Engine:
+    "A warm engine over the version in `folder`, under its own `rules` if it has any, with the stock and the demand of now."
+    engine = open_engine(folder, per_source, budget, kin)
+    if rules: engine.use(rules); warm_up(engine)
+    engine.sold, engine.stock = _sellable(engine.bundle, _live(service, engine), datetime.now(timezone.utc)), _counted(engine, _live(service, engine))
+    refresh(service, engine)
+    return engine
+
 def load(service: Service, folder: Path):
     "Open, warm and serve the version in `folder`."
     served = service.engine.bundle if service.engine else None
-    engine = open_engine(folder, service.per_source, service.budget, served)
-    engine.sold, engine.stock = _sellable(engine.bundle, _live(service, engine), datetime.now(timezone.utc)), _counted(engine, _live(service, engine))
-    refresh(service, engine)
+    engine = _made(service, folder, service.per_source, service.budget, served)
     with service.lock:
         if served and night_of(served.manifest) != night_of(engine.bundle.manifest): service.before = service.engine
         service.engine = engine
@@ -273,13 +279,10 @@ def _engines(service: Service) -> list[Engine]: return [service.engine, *service
 
 def _variant(service: Service, knobs: Knobs, rules) -> Engine:
     "A warm engine for a variant, under its own `rules` if it has any."
-    folder = service.bundles/(knobs.bundle or service.engine.bundle.folder.name)
+    usual = service.engine.bundle
+    folder = service.bundles/knobs.bundle if knobs.bundle else usual.folder
     if knobs.bundle: verify_bundle(folder)
-    engine = open_engine(folder, knobs.per_source or service.per_source, knobs.budget or service.budget)
-    if rules: engine.use(rules); warm_up(engine)
-    engine.sold = _sellable(engine.bundle, service.live.copy(), datetime.now(timezone.utc))
-    refresh(service, engine)
-    return engine
+    return _made(service, folder, knobs.per_source or service.per_source, knobs.budget or service.budget, usual, rules)
 
 def _follow_all(service: Service):
     "Follow the promoted version and the experiment file."
