@@ -31,9 +31,9 @@ def catalogue_attributes(items: pl.DataFrame) -> tuple[np.ndarray, int]: # int32
     "Attributes of a catalogue (category, brand, price, title, each where there is one); those of a single item are left out."
     kept = [c for c in ("category", "brand", "price", "title") if c in items.columns]
     lists = [_tokens(r) for r in items.select(kept).iter_rows(named=True)] if kept else [[]] * len(items)
-    item, token = np.repeat(np.arange(len(lists)), [len(l) for l in lists]), np.array([t for l in lists for t in l], dtype=str)
-    names, code, count = np.unique(token, return_inverse=True, return_counts=True)
-    shared = count > 1
+    item, token = np.repeat(np.arange(len(lists)), [len(l) for l in lists]), pl.Series([t for l in lists for t in l], dtype=pl.String)
+    code = token.rank("dense").to_numpy().astype(np.int64) - 1
+    shared = np.bincount(code) > 1
     item, code = item[shared[code]], (np.cumsum(shared) - 1)[code[shared[code]]]
     place = np.arange(len(item)) - np.searchsorted(item, item)
     table = np.full((len(lists), max(1, place.max(initial=0) + 1)), shared.sum(), np.int32)

@@ -9,7 +9,7 @@ __all__ = ['Bundle', 'night_of', 'verify_bundle', 'write_bundle', 'open_bundle',
 # %% ../../nbs/5_serving/01_bundle.ipynb #038c2d07
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -175,13 +175,14 @@ def current_bundle(bundles: str | Path) -> Bundle:
     return open_bundle(Path(bundles)/"current")
 
 # %% ../../nbs/5_serving/01_bundle.ipynb #4609ea6c
-def derive_bundle(base: Bundle, target: str | Path, tables: dict[str, np.ndarray], items: pl.DataFrame, manifest: dict) -> Path:
-    "Write `target`, whose name is the version: `base` with other `items`, a row per code, and other `tables` of its state; the folder."
+def derive_bundle(base: Bundle, target: str | Path, tables: Iterable[tuple[str, np.ndarray]], items: pl.DataFrame, manifest: dict) -> Path:
+    "Write `target`, whose name is the version: `base` with other `items`, a row per code, and other `tables` (name, array) of its state, one after the other; the folder."
     target, stated = Path(target), base.manifest["files"]
     with atomic_dir(target) as tmp:
         with full_disk_is_clear(target):
-            items.write_parquet(tmp/"items.parquet"); save_arrays(tmp/"state", tables)
-            if "item_x" in tables: _link(base.folder/"ranker.txt", tmp/"ranker.txt"); _write_words(tmp)
+            items.write_parquet(tmp/"items.parquet")
+            for name, a in tables: save_arrays(tmp/"state", {name: a})
+            if (tmp/"state"/"item_x.npy").exists(): _link(base.folder/"ranker.txt", tmp/"ranker.txt"); _write_words(tmp)
             new = _digests(tmp)
             linked = {name: d for name, d in stated.items() if name not in new}
             for name in linked: _link(base.folder/name, tmp/name)
