@@ -98,7 +98,7 @@ def _num(x) -> float | None:
 
 def _short(x) -> float | None:
     "A number for a picture: six significant digits."
-    return None if _num(x) is None else float(f"{float(x):.6g}")
+    return None if _num(x) is None else 0.0 if abs(x) < 1e-300 else float(f"{float(x):.6g}")   # the number just below 0 is 0 to people
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #1e269b6a
 def draws(resamples: int, buckets: int = 64, seed: int = 0) -> np.ndarray:

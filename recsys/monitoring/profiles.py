@@ -33,6 +33,7 @@ def shrink(window: Window, frozen: dict[str, Frozen]) -> Window:
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #45659ee1
 SCHEMA = {"column": pl.String, "bucket": pl.Int32, "cell": pl.Int32, "rows": pl.Int64, "offset": pl.Int64}
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #8374bfa6
 def _long(name: str, n: Counts, bucket: int | None) -> pl.DataFrame:
     "Counts that are not zero, one in a row; `bucket` overrides the number of the bucket."
     parts = []
@@ -44,6 +45,7 @@ def _long(name: str, n: Counts, bucket: int | None) -> pl.DataFrame:
     b, c, rows, offset = (np.concatenate(x) for x in zip(*parts))
     return pl.DataFrame({"column": pl.repeat(name, len(b), eager=True, dtype=pl.String), "bucket": np.full(len(b), bucket) if bucket is not None else b, "cell": c, "rows": rows, "offset": offset}, schema=SCHEMA)
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #f4ddac45
 def _wide(rows: pl.DataFrame, frozen: Frozen, buckets: int) -> Counts:
     "The counts again."
     n = no_counts(frozen, buckets)
@@ -55,7 +57,7 @@ def _wide(rows: pl.DataFrame, frozen: Frozen, buckets: int) -> Counts:
     for cell, what in ((-1, n.missing), (-2, n.unseen), (-3, n.novel)): what[b[c == cell]] = v[c == cell]
     return n
 
-# %% ../../nbs/7_monitoring/05_profiles.ipynb #8374bfa6
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #78f45891
 class Facts(Struct):
     "What a file says of its window besides the counts."
     day: str
@@ -71,6 +73,7 @@ class Facts(Struct):
     infinite: dict[str, int] = {}
     version: int = 1
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #314fabe9
 def write_window(path: str | Path, window: Window, frozen: dict[str, Frozen], day: str = "", segment: str = "", model: str = "") -> Path:
     "A window as one Parquet file, atomically."
     w = shrink(window, frozen)
@@ -80,12 +83,14 @@ def write_window(path: str | Path, window: Window, frozen: dict[str, Frozen], da
     with atomic_file(path) as tmp: table.write_parquet(tmp, compression="zstd", metadata={"recsys": msgspec.json.encode(facts).decode()})
     return Path(path)
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #47ec56a6
 def read_facts(path: str | Path) -> Facts:
     "What a file says of its window; `RecsysError` if it is no such file."
     try: return msgspec.json.decode(pl.read_parquet_metadata(path)["recsys"], type=Facts)
     except (KeyError, msgspec.DecodeError, pl.exceptions.PolarsError, OSError) as e:
         raise RecsysError(f"not a profile of a window ({str(e).splitlines()[0][:80]})", str(path), "remove it; it is written again with its day") from None
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #e0e70907
 def read_window(path: str | Path, frozen: dict[str, Frozen], buckets: int = 64) -> Window:
     "The window again, shrunk; columns that are not `frozen` are left out."
     f = read_facts(path)
@@ -107,12 +112,14 @@ class _FrozenFile(Struct):
     top: list[str]
     crowded: bool
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #9a774b5b
 class _ProfileFile(Struct):
     unit: str | None
     buckets: int
     columns: list[_FrozenFile]
     version: int = 1
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #117192c7
 def save_profile(profile: Profile, folder: str | Path) -> Path:
     "A profile as a new folder; `RecsysError` if there is something of that name."
     if Path(folder).exists(): raise RecsysError("there is something already", str(folder), "name another folder, or remove it")
@@ -124,6 +131,7 @@ def save_profile(profile: Profile, folder: str | Path) -> Path:
         write_window(tmp/"window.parquet", profile.window, profile.frozen)
     return Path(folder)
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #8672e883
 def load_frozen(folder: str | Path) -> tuple[dict[str, Frozen], str | None, int]:
     "What was frozen, the unit, and how many buckets."
     folder = Path(folder)
@@ -133,6 +141,7 @@ def load_frozen(folder: str | Path) -> tuple[dict[str, Frozen], str | None, int]
     frozen = {c.name: Frozen(c.name, c.kind, c.dtype, np.array(c.edges, float), c.scale, parts.get(c.name, NO_VALUES), tuple(c.top), c.crowded) for c in said.columns}
     return frozen, said.unit, said.buckets
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #cf0181e5
 def load_profile(folder: str | Path) -> Profile:
     "A profile from its folder."
     frozen, unit, buckets = load_frozen(folder)
@@ -169,6 +178,7 @@ def kept(store: Store) -> pl.DataFrame: # day, segment, model, rows, file
     said = [(f.day, f.segment, f.model, f.rows, str(p)) for p in files for f in [read_facts(p)]]
     return pl.DataFrame(said, schema={"day": pl.String, "segment": pl.String, "model": pl.String, "rows": pl.Int64, "file": pl.String}, orient="row")
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #0e309c21
 def window_of(store: Store, first: str, last: str, segment: str | None = None, model: str | None = None) -> Window | None:
     "All days from `first` to `last` (ISO) added up; None for a segment or model: all of them. None if nothing was kept."
     total = None
@@ -180,6 +190,7 @@ def window_of(store: Store, first: str, last: str, segment: str | None = None, m
             total = w if total is None else total + w
     return total
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #edecc8fd
 def weeks_before(store: Store, day: str, weeks: int = 8, length: int = 7, segment: str | None = None, model: str | None = None) -> list[Window]:
     "The last `weeks` windows of `length` days that ended before `day` and in which something was kept, the newest first."
     ends = [date.fromisoformat(day) - timedelta(days=1 + length * k) for k in range(weeks)]
@@ -192,6 +203,7 @@ def without_rows(window: Window) -> Window:
     nothing = lambda counts: {c: Counts(*(np.zeros_like(getattr(n, f)) for f in n.__struct_fields__)) for c, n in counts.items()}
     return msgspec.structs.replace(window, counts=nothing(window.counts), rough=nothing(window.rough))
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #ab29d0ab
 def week_report(store: Store, last: str, plan: Plan, weeks: int = 8, length: int = 7, segment: str | None = None, model: str | None = None) -> Comparison | None:
     "The `length` days up to `last` against the `weeks` windows before them; None if fewer than three of these were kept, or nothing of the last."
     first = date.fromisoformat(last) - timedelta(days=length - 1)
@@ -211,6 +223,7 @@ def event_rows(events: pl.DataFrame, items: pl.DataFrame | None = None) -> pl.Da
     kept = {"event_type", "price", "quantity", "currency", "placement", "variant", "department"} & set(rows.collect_schema().names())
     return rows.select(pl.coalesce("user_id", "visitor_id").alias("visitor"), *sorted(kept), hour=pl.col("ts").dt.hour().cast(pl.Int16)).collect()
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #f383e16d
 class _Served(Struct):
     at: float
     model_version: str
@@ -221,6 +234,7 @@ class _Served(Struct):
     user_id: str | None
     items: list[tuple[str, float, float, list[str]]]
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #9e1fc27b
 def served_rows(records) -> pl.DataFrame:
     "A row for every place of every list that was served: day, version, visitor, position, score, source, sources, placement, variant, level."
     rows = []
@@ -233,7 +247,7 @@ def served_rows(records) -> pl.DataFrame:
     schema = dict(day=pl.String, version=pl.String, visitor=pl.String, position=pl.Int32, score=pl.Float64, source=pl.String, sources=pl.Int32, placement=pl.String, variant=pl.String, level=pl.Int32)
     return pl.DataFrame(rows, schema=schema, orient="row")
 
-# %% ../../nbs/7_monitoring/05_profiles.ipynb #f383e16d
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #1b922b09
 def profile_days(store_folder: str | Path, days, reference_days: int = 28, again: int = 3) -> list[str]:
     """Keep what is not kept yet of `days`, pairs (ISO day, function that gives a frame with the column `visitor`), in order; the days that were written.
 
@@ -252,10 +266,12 @@ def profile_days(store_folder: str | Path, days, reference_days: int = 28, again
         written.append(day)
     return written
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #e01d23c5
 def shop_stores(data_dir: Path, dataset: str) -> dict[str, Path]:
     "Where the profiles of a shop's events and served lists lie."
     return {what: Path(data_dir)/"profiles"/f"{what}-{digest(dataset)}" for what in ("events", "served")}
 
+# %% ../../nbs/7_monitoring/05_profiles.ipynb #af6afd00
 def profile_shop(ingested: str | Path, data_dir: str | Path, dataset: str, most: int = 91) -> dict[str, list[str]]:
     "Keep the last `most` days of ingested events and of lists that were served, as far as they are not kept yet; the days written."
     ingested, data_dir, stores = Path(ingested), Path(data_dir), shop_stores(Path(data_dir), dataset)

@@ -23,6 +23,7 @@ class Event(Struct):
     value: str = ""        # value: this one
     says: str = ""         # in words
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #bbaddea8
 def event_of(found: Column, frozen: Frozen, reference: Window, current: Window) -> Event | None:
     "The event that tells a column's drift; None if there is none, as in columns that have gone."
     if found.name not in current.counts or not found.effect_name: return None
@@ -55,17 +56,20 @@ def event_rows(e: Event, column: pl.Series, frozen: Frozen) -> tuple[np.ndarray,
 # %% ../../nbs/7_monitoring/06_root_cause.ipynb #c633b67e
 SEGMENTS, EVENTS = 6, 3   # columns that divide, and drifted columns that are looked into, at most
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #13aee1f5
 def segment_columns(profile: Profile, current: Table, most: int = SEGMENTS) -> list[str]:
     "Columns that divide a table."
     few = {n: int(f.values["seen"].sum()) for n, f in profile.frozen.items() if f.kind == "categorical" and kind_of(current.schema.get(n, pl.Null())) == "categorical"}
     return sorted((n for n, k in few.items() if 2 <= k <= 50), key=lambda n: (few[n], n))[:most]
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #a25a2a60
 class Tally(Struct):
     "Rows and events of one event in the segments of one column: int64 [segments, buckets]."
     names: list[str]
     rows: np.ndarray
     hits: np.ndarray
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #e92eef51
 def tallies(table: Table, events: list[Event], segments: list[str], profile: Profile) -> dict[tuple[int, str], Tally]:
     "A tally for every event and column of segments; rows of a value that the reference lacks, or of none, are the last segment."
     b, found, names = profile.buckets, {}, {}
@@ -101,8 +105,10 @@ class Cause(Struct):
     p: float               # family-wise over all segments and events searched
     since: str = ""        # day from which on the segment was different, where there is a column of times
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #54ad9e44
 def _rate(hits, rows): return np.divide(hits, rows, out=np.zeros(np.shape(hits)), where=np.asarray(rows) > 0)
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #c53d8b9b
 def parts(r: Tally, c: Tally) -> tuple[np.ndarray, np.ndarray]:
     "(within, mix) [segments]: the change of the overall share of an event, divided up exactly."
     wr, wc, mr, mc = shares(r.rows.sum(1)), shares(c.rows.sum(1)), _rate(r.hits.sum(1), r.rows.sum(1)), _rate(c.hits.sum(1), c.rows.sum(1))
@@ -118,6 +124,7 @@ def _against_rest(r: Tally, c: Tally, s: int) -> np.ndarray:
         return contributions(two(r), two(c))[:, :1]
     return gap(lambda x: x[s]) - gap(lambda x: x.sum(0) - x[s])
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #618d5a8f
 def blamed(events: list[Event], reference: dict, current: dict, alpha: float = .01, permutations: int = 999, seed: int = 0, least: int = 20) -> list[Cause]:
     "Segments that moved otherwise than the rest and explain more of the change than their rows would, the one that explains most first, for each event; from `tallies`."
     asked = [(i, s, k) for (i, s), t in reference.items() if events[i].column != s for k in range(len(t.names))
@@ -145,6 +152,7 @@ def change_day(days: list[str], hits: np.ndarray, rows: np.ndarray, before: floa
         if n: best = max(best, (float(log(hits[:k].sum(), rows[:k].sum(), p0) + log(h, n, h / n)), day), key=lambda b: b[0])
     return best[1]
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #e13beef2
 def _since(cause: Cause, event: Event, current: Table, profile: Profile, time: str) -> str:
     "The day from which on the segment was different."
     parts = []
@@ -170,6 +178,7 @@ def root_causes(columns: list[Column], profile: Profile, current: Window, tables
         if time and cause.value != "any other": cause.since = _since(cause, next(e for e in events if e.column == cause.column), tables[1], profile, time)
     return list(best.values())
 
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #4bd368c2
 def cause_sentence(c: Cause) -> str:
     "A cause in words."
     how = f"{c.explained:.0%} of the change of {c.column} is in {c.segment} = {c.value} ({c.rows:.0%} of the rows)"

@@ -28,6 +28,7 @@ from .peer_env import peer_python
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #bb096e52
 PLANTED = ("normal0", "price0", "gamma0", "holes0", "category0", "category1")
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #bdab3088
 def study_table(n: int, seed: int, icc: float = 0.) -> pl.DataFrame:
     "`n` rows of 30 columns, and `user`."
     rng = np.random.default_rng(seed)
@@ -55,16 +56,19 @@ def plan_for(settings: Settings, unit: str | None) -> Plan:
     d = settings.drift
     return Plan(unit, d.alpha, d.permutations, settings.run.seed, dict(psi=d.psi_limit, wasserstein=d.wasserstein_limit, share=d.share_limit, missing=d.missing_limit, unseen=d.unseen_limit), 10, 400, 64)
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #b95fe4c5
 def asked(reference: pl.DataFrame, current: pl.DataFrame, plan: Plan) -> Comparison:
     "The report on two frames; without a unit the column `user` is left out."
     a, b = (t if plan.unit else t.drop("user") for t in (reference, current))
     profile = profile_of(a, plan.unit, [b])
     return judge(profile, measure(b, profile.frozen, plan.unit), [], plan)
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #5c27bff8
 def material(found: Comparison) -> set[str]:
     "The names of the columns that moved materially."
     return {c.name for c in found.columns if c.verdict == "material"}
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #a440dd05
 def interval(hits: int, runs: int) -> dict: # hits, runs, rate, low, high
     "A rate with its exact 95 % interval (Clopper and Pearson 1934)."
     from scipy.special import betaincinv
@@ -75,6 +79,7 @@ def interval(hits: int, runs: int) -> dict: # hits, runs, rate, low, high
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #e76d5656
 SIZES = {1000: 1., 10_000: 1., 100_000: .25, 1_000_000: .04} # rows: share of the runs
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #3c5aa920
 def false_alarms(plan: Plan, runs: int, say=lambda note: None) -> list[dict]: # icc, rows, hits, runs, rate, low, high
     "How often a report without drift alarms, by intra-class correlation and number of rows."
     found = []
@@ -87,6 +92,7 @@ def false_alarms(plan: Plan, runs: int, say=lambda note: None) -> list[dict]: # 
             found.append(dict(icc=icc, rows=n) | interval(hits, many))
     return found
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #b58922be
 def power(plan: Plan, runs: int, n: int = 10_000, say=lambda note: None) -> dict:
     "How often a shift by .1 sd in one of thirty columns is found material, in `n` independent rows."
     hits = 0
@@ -95,6 +101,7 @@ def power(plan: Plan, runs: int, n: int = 10_000, say=lambda note: None) -> dict
         hits += "normal0" in material(asked(study_table(n, 2 * k + 1), study_table(n, 2 * k + 2).with_columns(pl.col("normal0") + .1), plan))
     return interval(hits, runs)
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #16542dd1
 def planted(plan: Plan, sizes=(100_000, 1_000_000), runs: int = 3, say=lambda note: None) -> list[dict]: # rows, runs, found (the fewest), false (the most)
     "How many of the six drifts are found, and how many columns are called material that were left alone."
     out = []
@@ -137,6 +144,7 @@ else: r = compare(load_profile(reference), current, "user")
 print(json.dumps(dict(cpu_seconds=cpu() - begin, process_cpu_seconds=cpu(), rows=r.rows["current"], peak_rss_mb=peak_mb())))
 """
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #8881a74c
 def _task(what: str, reference, current, out, small, threads: int) -> dict:
     "One task in a process of its own."
     import json
@@ -145,6 +153,7 @@ def _task(what: str, reference, current, out, small, threads: int) -> dict:
     if done.returncode: raise RecsysError((done.stderr.strip().splitlines() or ["it was killed"])[-1], f"bench drift, {what}", "look at the machine's memory")
     return json.loads(done.stdout.splitlines()[-1])
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #4c76ce46
 def costs(folder: Path, rows: int, many: int, threads: int, say=lambda note: None) -> dict: # cold, frozen, flat, report_bytes, files
     "What a report of `rows` + `rows` costs, against a kept profile, and of `many` times the rows."
     for name, t in (("reference", lambda: study_table(rows, 101)), ("current", lambda: plant(study_table(rows, 102), 0)), ("small", lambda: study_table(500, 1))):
@@ -162,6 +171,7 @@ def costs(folder: Path, rows: int, many: int, threads: int, say=lambda note: Non
 PINS = "nbs/benchmarks/drift_peers.txt"
 RUNNER = "import runpy, sys; runpy.run_path(sys.argv[1])['answer_task'](sys.argv[2])"
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #01c8039b
 def _evidently(python: Path, folder: Path, pairs: list, html: bool) -> dict:
     "What Evidently says of pairs of files."
     folder.mkdir()
@@ -171,6 +181,7 @@ def _evidently(python: Path, folder: Path, pairs: list, html: bool) -> dict:
     if done.returncode: raise RecsysError((done.stderr.strip().splitlines() or ["it was killed"])[-1], "Evidently", "look at its environment, or bench without peers")
     return read_json(folder/"said.json")
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #cdf39954
 def evidently_figures(settings: Settings, folder: Path, cold: dict, runs: int = 20, say=lambda note: None) -> dict:
     "Evidently on the same files, and on tables without drift; {skipped: why} where it cannot be had."
     try: python = peer_python(settings, say, PINS)
@@ -188,6 +199,7 @@ def evidently_figures(settings: Settings, folder: Path, cold: dict, runs: int = 
                 planted_found=len(set(one["columns"]) & set(PLANTED)), planted_false=len(set(one["columns"]) - set(PLANTED)), ratio=one["cpu_seconds"] / cold["cpu_seconds"],
                 any_column=interval(sum(bool(a["columns"]) for a in null["answers"]), runs), columns=sum(len(a["columns"]) for a in null["answers"]) / runs)
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #d467fc82
 def shap_figures() -> dict: # shap_ratio, shap_max_diff
     "What the room on SHAP measures of itself; nothing where there is none."
     try: from recsys.monitoring.shap import shap_bench
@@ -213,6 +225,7 @@ def windows_report(frames: list[tuple[str, pl.DataFrame]], plan: Plan, touch: st
                 if e.name == "unseen": news.setdefault(c.name, []).append(e.value)
     return found
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #056bb20b
 def _real(name: str, what: str, frames: list, plan: Plan, year: float) -> dict:
     "The study of one shop; `year`: windows in a year."
     w = windows_report(frames, plan)
@@ -220,6 +233,7 @@ def _real(name: str, what: str, frames: list, plan: Plan, year: float) -> dict:
     said = f"Of {len(w)} reports {sum(bool(x['bare']) for x in w)} alarm without a past, {sum(bool(x['past']) for x in w)} with it: {rate('bare'):.0f} and {rate('past'):.0f} in a year of as many windows; prices × 1.25 would have been found in {sum(x['planted'] for x in w)} of {len(w)}"
     return dict(name=name, what=what, windows=w, sentence=said + ".")
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #df6097b1
 def journey_weeks() -> list[tuple[str, pl.DataFrame]]:
     "The Complete Journey's weeks of purchase lines."
     t, products = (pl.read_parquet(journey_folder()/f"{n}.parquet") for n in ("transactions", "products"))
@@ -228,6 +242,7 @@ def journey_weeks() -> list[tuple[str, pl.DataFrame]]:
                  discount=pl.col("retail_disc") > 0, coupon=pl.col("coupon_disc") > 0, hour=pl.col("transaction_timestamp").dt.hour())
     return [(f"week {w}", f.drop("week")) for (w,), f in t.sort("week").group_by("week", maintain_order=True) if f.height > 10_000]
 
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #ee8f3d18
 def real_figures(folder: str | Path, settings: Settings, say=lambda note: None) -> list[dict]:
     "The studies of two shops, from Parquet files in `folder` (those that are missing are left out), and of The Complete Journey."
     found, folder, plan = [], Path(folder), plan_for(settings, "unit")

@@ -37,6 +37,7 @@ class ModelDrift(Struct):
     weight_moved: float      # share of the model's mean |SHAP| in columns that moved materially
     collapsed: list[str]     # features whose share fell by half or more
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #1214c458
 class DriftReport(Struct):
     "report.json."
     schema_version: int
@@ -57,14 +58,16 @@ class DriftReport(Struct):
     cpu_seconds: float = 0.
     peak_rss_mb: float = 0.
 
-# %% ../../nbs/9_operations/20_drift_page.ipynb #1214c458
+# %% ../../nbs/9_operations/20_drift_page.ipynb #1521ff6c
 VERSION = 1   # of report.json; raised when a field changes its meaning or goes away
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #6d22d40d
 def report_of(found: Comparison, reference: str, current: str, model: ModelDrift | None = None, causes: list[Cause] = ()) -> DriftReport:
     "A comparison as a report."
     same = {f: getattr(found, f) for f in ("alarm", "sentence", "columns", "rows", "units", "assumption", "parameters", "past_windows")}
     return DriftReport(schema_version=VERSION, reference=reference, current=current, made=datetime.now(timezone.utc).isoformat(timespec="seconds"), model=model, causes=list(causes), **same)
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #5d0c1078
 def json_schema() -> bytes:
     "The JSON schema of report.json."
     return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(DriftReport)), indent=1) + b"\n"
@@ -74,6 +77,7 @@ def _at(times: float, wide: int = 150, most: float = 64.) -> float:
     "Where on the line so many times the limit lies, in pixels."
     return 4 + (wide - 8) * math.sqrt(min(max(times, 0), most) / most)
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #b26b143e
 def effect_line(c: Column, wide: int = 150) -> str:
     "Effect, interval and limit of a column as inline SVG."
     if c.effect is None or not c.limit: return ""
@@ -102,12 +106,14 @@ def overlay(h: Histogram | None, wide: int = 170, high: int = 44) -> str:
             f'<polyline points="{step(h.reference)}" fill="none" stroke="var(--soft)" stroke-width="1"/>'
             f'<polyline points="{step(h.current)}" fill="none" stroke="var(--c2)" stroke-width="1.8"/></svg>')
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #6ec17a8d
 def _bin(h: Histogram, i: int) -> str:
     "A bin in words."
     if h.names: return h.names[i][:60]
     if not h.edges: return "all"
     return f"up to {show(h.edges[0])}" if i == 0 else f"above {show(h.edges[-1])}" if i == len(h.edges) else f"{show(h.edges[i - 1])} to {show(h.edges[i])}"
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #e0d3f1e6
 def how_large(c: Column) -> str:
     "An effect in words and its own unit."
     if c.effect is None: return "–"
@@ -120,10 +126,13 @@ def how_large(c: Column) -> str:
 LAMP = {"material": "bad", "moved but immaterial": "warning", "not enough data": "info", "stable": "good"}
 PICTURES, ROWS = 60, 200   # columns with pictures, and rows of a table, at most
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #b50d220e
 def _percent(x) -> str: return "–" if x is None else f"{x:.1%}"
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #22ec8c28
 def _signed(x) -> str: return "–" if x is None else f"{100 * x:+.1f}".replace("-", "−")
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #a4ca127c
 def column_row(c: Column, pictures: bool = True, cause: Cause | None = None) -> list[str]:
     "The cells of one column."
     worst = f"{escape(cause.segment)} = {escape(cause.value[:40])}<span class='hint'>{cause.explained:.0%} of it{f', since {escape(cause.since)}' if cause.since else ''}</span>" if cause else "–"
@@ -139,6 +148,7 @@ def column_row(c: Column, pictures: bool = True, cause: Cause | None = None) -> 
 HEAD = [("column", False), ("verdict", False), ("effect, its interval, and the limit", False), ("reference thin, current thick", False), ("p of the whole report", True),
         ("PSI", True), ("KS", True), ("missing", True), ("unseen", True), ("weight in the model", True), ("worst segment", False)]
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #144db099
 def columns_table(columns: list[Column], caption: str, pictures: int = PICTURES, causes: list[Cause] = ()) -> str:
     "Columns as an HTML table; figures that none of them has get no place in it."
     blame = {c.column: c for c in causes}
@@ -161,6 +171,7 @@ def _cards(r: DriftReport) -> list[tuple]:
     if r.model: found.append(("Weight of what moved", f"{r.model.weight_moved:.0%}", "of what the model looks at"))
     return found
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #54ae765a
 def _advice(r: DriftReport) -> list[str]:
     "What to do, in a sentence or two."
     said = [f"The model has stopped listening to {', '.join(r.model.collapsed)}: look for a broken source."] if r.model and r.model.collapsed else []
@@ -171,7 +182,7 @@ def _advice(r: DriftReport) -> list[str]:
     if r.alarm and not broken: said.append("Is the change wanted (a season, a price round, a campaign)? Then make the new window the reference; else look at the columns below, the worst first.")
     return said
 
-# %% ../../nbs/9_operations/20_drift_page.ipynb #54ae765a
+# %% ../../nbs/9_operations/20_drift_page.ipynb #57c3b41e
 def body_of(r: DriftReport) -> str:
     "The body of the page as HTML."
     quiet = [c for c in r.columns if c.verdict in ("stable", "not enough data") and not (c.verdict == "not enough data" and c.note.startswith(("new", "columns of")))]
@@ -190,6 +201,7 @@ def body_of(r: DriftReport) -> str:
         "</details>", html_table("Parameters", [("name", False), ("value", True)], facts) + "</details>")
     return body
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #e0d6927a
 def html_of(r: DriftReport, crumbs=()) -> str:
     "report.html."
     kicker = f"{escape(r.current)} against {escape(r.reference)} · {escape(r.made[:16].replace('T', ' '))} UTC · {r.seconds:.1f} s, {r.peak_rss_mb:,.0f} MB"
@@ -208,6 +220,7 @@ def read_model(path: str | Path, schemas: list[dict]):
         if words := [f for f in model.feature_name() if not (schema[f].is_numeric() or schema[f] in (pl.Boolean, pl.Null))]: raise RecsysError(f"the model's feature '{words[0]}' is {schema[words[0]]}, not a number", str(path), "encode it as the model was taught")
     return model
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #c9021be5
 def some_rows(table: Table, columns: list[str], most: int) -> pl.DataFrame:
     "At most `most` rows of a table, every k-th."
     step = max(1, -(-table.rows // most))
@@ -239,12 +252,14 @@ def plan_here(unit: str | None) -> tuple[Plan, int, int]:
     s = load_settings()
     return plan_of(s, unit), s.drift.shap_rows, s.run.threads
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #6d86e770
 def peak_mb() -> float:
     "The highest memory of this process so far, MB: as Linux counts it since the program began (`ru_maxrss` remembers who started it)."
     try: lines = Path("/proc/self/status").read_text().splitlines()
     except OSError: lines = []
     return next((int(l.split()[1]) / 1024 for l in lines if l.startswith("VmHWM")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #349ceb6b
 def write_report(r: DriftReport, out: str | Path) -> Path:
     "report.html, report.json and report.schema.json in the folder `out`; the page."
     out = Path(out)
@@ -253,7 +268,7 @@ def write_report(r: DriftReport, out: str | Path) -> Path:
         with atomic_file(out/name) as tmp: tmp.write_bytes(data)
     return out/"report.html"
 
-# %% ../../nbs/9_operations/20_drift_page.ipynb #6d86e770
+# %% ../../nbs/9_operations/20_drift_page.ipynb #25c022d5
 def _reference(path: str | Path, unit: str | None, current: Table, plan: Plan) -> tuple[Profile, list[Table]]:
     "A profile that was kept, or one of a table, and the tables at hand."
     if not (Path(path)/"profile.json").exists():
@@ -263,6 +278,7 @@ def _reference(path: str | Path, unit: str | None, current: Table, plan: Plan) -
     if profile.unit != unit: raise RecsysError(f"this profile was made with {f'--unit {profile.unit}' if profile.unit else 'no --unit'}", str(path), "name the same unit")
     return profile, [current]
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #8b046045
 def _with_scores(profile: Profile, now, frames: list[pl.DataFrame], plan: Plan):
     "Add the column `prediction` to both windows."
     scores = profile_of(frames[0], plan.unit, frames[1:], plan.buckets)
@@ -270,7 +286,7 @@ def _with_scores(profile: Profile, now, frames: list[pl.DataFrame], plan: Plan):
         w.counts |= part.counts; w.kinds |= part.kinds; w.types |= part.types
     profile.frozen |= scores.frozen
 
-# %% ../../nbs/9_operations/20_drift_page.ipynb #349ceb6b
+# %% ../../nbs/9_operations/20_drift_page.ipynb #12202b9e
 def drift_report(reference: str | Path, # Parquet file or pattern, or a profile that an earlier report left
                  current: str | Path,   # Parquet file or pattern
                  out: str | Path,       # folder
@@ -299,6 +315,7 @@ def drift_report(reference: str | Path, # Parquet file or pattern, or a profile 
     write_report(r, out)
     return r
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #d37091d5
 def _keep(profile: Profile, folder: Path):
     "Leave a profile in place of the one that is there."
     if folder.parent.is_file(): raise RecsysError("this is a file", str(folder.parent), "name a folder")
@@ -312,12 +329,14 @@ def where_of(segment: str, version: str) -> dict[str, str]:
     if wrong := [p for p in pairs if len(p) < 2]: raise RecsysError(f"'{wrong[0][0]}' is not column=value", "segment", "write e.g. country=DE")
     return {k.strip(): v.strip() for k, v in pairs} | ({"version": version} if version else {})
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #75794fd0
 def _days(text: str) -> tuple[str, str]:
     "The first and last day of DAY..DAY."
     try: first, last = (datetime.strptime(d.strip(), "%Y-%m-%d").date().isoformat() for d in text.split(".."))
     except ValueError: raise RecsysError(f"'{text}' is no window of days", "drift", "write 2026-01-01..2026-01-28, or name a Parquet file") from None
     return first, last
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #89e7ef33
 def kept_windows(reference: str, current: str, table: str, segment: str, version: str, settings: Settings) -> Comparison:
     "Two windows of days, DAY..DAY, of the shop's own profiles."
     stores = shop_stores(settings.data_dir, settings.data.dataset)
@@ -329,6 +348,7 @@ def kept_windows(reference: str, current: str, table: str, segment: str, version
         windows.append(w)
     return judge(Profile(store.frozen, windows[0], store.unit, store.buckets), windows[1], [], plan_of(settings, store.unit))
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #77e27ca4
 def asked_report(reference: str, current: str, unit: str, model: str, segment: str, version: str, table: str, out: str | Path, settings: Settings) -> DriftReport:
     "The report on two files or two windows of days, written to `out`."
     if not current: raise RecsysError("only a reference was named", "drift", "name current, too")
@@ -338,15 +358,18 @@ def asked_report(reference: str, current: str, unit: str, model: str, segment: s
         return r
     return drift_report(settings.resolve(reference), settings.resolve(current), out, unit or None, settings.resolve(model) if model else None, where_of(segment, version))
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #5c95423f
 def asked_block(r: DriftReport) -> Block:
     "A report for a notebook."
     return Block(body_of(r), r.sentence)
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #52c398dd
 def week_block(title: str, comparison: dict) -> Block:
     "What `week_report` found, from its plain values."
     columns = msgspec.convert(comparison["columns"], list[Column])
     return Block(note(f"{title}: {comparison['sentence']}").html + columns_table(columns, title), comparison["sentence"])
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #b5d4931c
 def heading(text: str) -> Block:
     "A heading that is only there if something is under it."
     return Block(f"<h2>{escape(text)}</h2>", text)
@@ -358,6 +381,7 @@ def trend_frame(runs: list[tuple[str, dict]], most: int = 5) -> pl.DataFrame: # 
     names = sorted(runs[-1][1], key=lambda c: -runs[-1][1][c])[:most]
     return pl.DataFrame([(d, c, float(s[c])) for d, s in runs for c in names if c in s], schema={"run": pl.String, "column": pl.String, "times": pl.Float64}, orient="row")
 
+# %% ../../nbs/9_operations/20_drift_page.ipynb #84a0eb20
 def past_severities(reports: str | Path, most: int = 60) -> list[tuple[str, dict]]:
     "What the last `most` runs under `reports` said, oldest first."
     from recsys.operations.index import read_runs
