@@ -108,7 +108,8 @@ def test_the_store(tmp_path):
     rows = lambda k: pl.DataFrame({"visitor": rng.integers(0, 90, 200), "x": rng.normal(size=200), "version": ["v1" if k < 5 else "v2"] * 200})
     made = {day_of(k): rows(k) for k in range(10)}
     span = [(d, lambda d=d: made[d]) for d in made]
-    assert pr.profile_days(tmp_path/"s", span[:8], 3) == list(made)[:8] and pr.profile_days(tmp_path/"s", span, 3) == list(made)[8:] and pr.profile_days(tmp_path/"s", span, 3) == []
+    keep = lambda days, again=0: pr.profile_days(tmp_path/"s", days, 3, again)
+    assert keep(span[:8]) == list(made)[:8] and keep(span) == list(made)[8:] and keep(span) == [] and keep(span, 2) == list(made)[8:]   # late events: the last days anew
     store = pr.Store(tmp_path/"s")
     assert pr.kept(store)["rows"].to_list() == [200] * 10 and pr.kept(store)["model"].unique().sort().to_list() == ["v1", "v2"]
     week = pr.window_of(store, day_of(0), day_of(6))
