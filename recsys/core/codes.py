@@ -56,6 +56,7 @@ class Codes(Mapping):
 
     def get(self, id: str, default=None):
         "The code of `id`, or `default`."
+        if not isinstance(id, str): return default # as a dictionary of texts answers
         raw, text, ends, slots, last = _raw(id), self.text, self.ends, self.slots, self.last
         at = _hash(raw, self.key) & last
         while (code := slots[at]) >= 0:
