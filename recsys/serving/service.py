@@ -356,9 +356,10 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
     level = service.pressure.level(request.timeout_ms)
     if request.consent and (request.visitor_id or request.user_id):
         state = service.store.read(request.visitor_id, request.user_id, request.session_id, now)
-        user = request.user_id or state.user_id
-        chosen = assign(running.book, request.visitor_id, user, request.placement, "known" if user in engine.bundle.user_codes else "new", now)
-        engine = engine_for(running.engines, chosen, engine)
+        if running.book.experiments:
+            user = request.user_id or state.user_id
+            chosen = assign(running.book, request.visitor_id, user, request.placement, "known" if user in engine.bundle.user_codes else "new", now)
+            engine = engine_for(running.engines, chosen, engine)
         request, blind = completed(request, state, now, engine.rules.fatigue is not None), state.degraded
     known = time.perf_counter()
     try: answer = recommend(engine, request, request_id, level)
