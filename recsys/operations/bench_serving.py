@@ -219,8 +219,8 @@ def _usual(bundles: Path, per_source: int, budget: int, port: int):
     return _running([sys.executable, "-c", USUAL, str(bundles), str(per_source), str(budget), str(port)], {}, ready)
 
 def _private_mb(p) -> float:
-    "Private memory of the largest worker."
-    return max(c.memory_full_info().uss for c in psutil.Process(p.pid).children(recursive=True)) / 2**20
+    "Private memory of the largest worker; the pages of files, which workers share, are not counted even where only one worker reads them."
+    return max(sum(m.private_dirty for m in c.memory_maps()) for c in psutil.Process(p.pid).children(recursive=True)) / 2**20
 
 # %% ../../nbs/9_operations/17_bench_serving.ipynb #56a41295
 def engine_cost(bundles: Path, per_source: int, budget: int, n: int, m: int, count: int, seed: int) -> float:

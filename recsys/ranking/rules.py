@@ -226,10 +226,10 @@ def _attributes(items: pl.DataFrame) -> dict[str, dict[str, np.ndarray]]:
     return {n: {t: np.array(c, np.int32) for t, c in values.items()} for n, values in found.items()}
 
 # %% ../../nbs/4_ranking/06_rules.ipynb #c3eb1b2b
-def catalogue_of(items: pl.DataFrame) -> Catalogue:
-    "The catalogue of a table of items, of which all columns but item_id may be absent."
+def catalogue_of(items: pl.DataFrame, codes: dict[str, int] | None = None) -> Catalogue:
+    "The catalogue of a table of items, of which all columns but item_id may be absent; `codes`: item id → row, if somebody has them already."
     (path, paths), (brand, brands) = _coded(items, "category"), _coded(items, "brand")
-    return Catalogue({i: c for c, i in enumerate(items["item_id"])}, path, paths, _beginnings(paths), brand, {b: c for c, b in enumerate(brands)},
+    return Catalogue(codes or {i: c for c, i in enumerate(items["item_id"])}, path, paths, _beginnings(paths), brand, {b: c for c, b in enumerate(brands)},
                      _numbers(items, "price"), _numbers(items, "stock"), _attributes(items))
 
 # %% ../../nbs/4_ranking/06_rules.ipynb #5d58a182

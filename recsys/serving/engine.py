@@ -177,7 +177,7 @@ class Engine:
         trees = trees_of(ranker.model_to_string(), len(NAMES))
         self.scorer = Scorer(trees, _words(trees, state, bundle), desk_for(trees)) if trees else None
         self.use(bundle.rules if bundle else NO_RULES)
-        if bundle: self.ids, self.titles = (bundle.items[c].to_list() if c in bundle.items.columns else [None] * len(bundle.items) for c in ("item_id", "title"))
+        if bundle: self.ids, self.titles = list(bundle.item_codes), bundle.items["title"].to_list() if "title" in bundle.items.columns else [None] * len(bundle.items)
 
     def use(self, rules: Rules):
         "Answer under `rules` from now on."
@@ -200,7 +200,7 @@ class Engine:
         return found[0]
 
     @cached_property
-    def catalogue(self) -> Catalogue: return catalogue_of(self.bundle.items)._replace(codes=self.bundle.item_codes)  # one dictionary is enough
+    def catalogue(self) -> Catalogue: return catalogue_of(self.bundle.items, self.bundle.item_codes)
 
     @cached_property
     def book(self) -> Rulebook: return Rulebook(self.rules, self.catalogue, self.state)
