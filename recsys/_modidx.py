@@ -3855,8 +3855,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'recsys/serving/freshness.py'),
                                           'recsys.serving.freshness.Counters.at': ( '5_serving/freshness.html#counters.at',
                                                                                     'recsys/serving/freshness.py'),
-                                          'recsys.serving.freshness.Counters.grow': ( '5_serving/freshness.html#counters.grow',
-                                                                                      'recsys/serving/freshness.py'),
                                           'recsys.serving.freshness.demand': ( '5_serving/freshness.html#demand',
                                                                                'recsys/serving/freshness.py'),
                                           'recsys.serving.freshness.joined': ( '5_serving/freshness.html#joined',

@@ -36,11 +36,8 @@ def test_years_do_not_overflow():
     assert np.isfinite(counters.weight).all() and counters.at(19_990 * 86400. + 60)[0] == pytest.approx(1 + .5 ** (1 / 60))
     assert counters.weight.max() < 2. ** (FAR + 2)
 
-def test_new_items_get_room_and_old_counts_stay():
-    counters = Counters(1, HOUR, 0.)
-    counters.add(np.array([0]), np.array([0.])); counters.grow(3); counters.add(np.array([2, 2]), np.array([0., 0.]))
-    assert counters.at(0.).tolist() == [1, 0, 2]
-    with pytest.raises(IndexError): counters.add(np.array([3]), np.array([0.]))
+def test_an_item_without_room_is_an_error():
+    with pytest.raises(IndexError): Counters(3, HOUR, 0.).add(np.array([3]), np.array([0.]))
 
 def test_only_demand_for_known_items_counts():
     e = lambda kind, item, ts: (0, SimpleNamespace(event_type=kind, item_id=item, ts=ts))

@@ -302,7 +302,7 @@ def test_the_next_night_has_each_put_item_once(tmp_path, monkeypatch):
         said_ = ingest("shop/shop.toml", tmp_path/name, None, now, 30, 60, .5, tmp_path, data_dir=tmp_path/"data")
         return said_, pl.read_parquet(tmp_path/name/"items.parquet")
     said_, items = night("one")
-    assert items["item_id"].to_list() == ["a0", "a1"] and said_["put_until"] == 0
+    assert items["item_id"].to_list() == ["a0", "a1"] and said_["put_until"] == pytest.approx(os.stat(folder/"items.csv").st_mtime - 600)
     before = source_digest("shop/shop.toml", tmp_path, tmp_path/"data")
     later = os.stat(folder/"items.csv").st_mtime + 100
     puts = [stamped(Item("new", title="New", attributes=dict(c=["x"])), later), stamped(Change("a0", price=2.5), later)]
@@ -315,5 +315,40 @@ def test_the_next_night_has_each_put_item_once(tmp_path, monkeypatch):
     os.utime(folder/"items.csv", (later + 50, later + 50))
     said_, items = night("four")
     assert items["price"].to_list() == [3., 4., None] and said_["put_items"] == dict(added=1, changed=0, older=1)
+    os.utime(folder/"items.csv", (later + 2000, later + 2000))
+    assert night("later")[0]["put_until"] == later + 1400 # the files have had the last word on all that was put: no day lays it over them again
     put_file(tmp_path/"data").write_text("{}\n")
     with pytest.raises(RecsysError, match="item_id"): night("five")
+
+# ---- what a review found
+
+def test_a_known_item_with_dates_keeps_its_dates_and_nothing_else():
+    soon = datetime(2030, 1, 1, tzinfo=timezone.utc)
+    live = dict(a=Change("a", price=3., available_to=soon, put_ts=100.), b=Change("b", price=4., put_ts=100.), c=Change("c", price=5., put_ts=300.))
+    assert newer(live, 200.) == dict(a=Change("a", available_to=soon, put_ts=100.), c=live["c"])
+
+def test_dates_that_were_taken_back_do_not_come_again(service):
+    first = items_of(service, user_id="u3")[0]
+    past = datetime(2020, 1, 1, tzinfo=timezone.utc)
+    put(service, [Item(first, stock=10, available_from=past)]); until(lambda: first in service.live)
+    put(service, [Item(first, stock=0)])
+    until(lambda: first not in items_of(service, user_id="u3"))
+    time.sleep(2.5) # the look at dates comes once a second
+    assert first not in items_of(service, user_id="u3")
+
+def test_stock_alone_makes_no_other_version(tmp_path):
+    base = publish(tmp_path)
+    live = dict(i1=Change("i1", price=99., put_ts=2e9))
+    made = day_version(base, live, tmp_path/"day")
+    assert day_version(base, live | dict(i2=Change("i2", stock=0, put_ts=2e9)), tmp_path/"day") == made
+
+def test_a_lost_store_takes_no_product_from_the_file(tmp_path):
+    base = publish(tmp_path); promote(tmp_path/"bundles", "v1")
+    settings = load_settings()
+    settings = msgspec.structs.replace(settings, paths=msgspec.structs.replace(settings.paths, data=str(tmp_path/"data")))
+    write_put(settings.data_dir, [msgspec.json.encode(twin(base, "i4", "only here"))])
+    class Store:
+        def items_since(self, version): return (1, [Change("i1", price=3., put_ts=2e9)]) if version < 1 else (version, [])
+    keeper = Keeper(settings, tmp_path/"bundles", Store())
+    keeper.take_over(); keeper.make()
+    assert {r["item_id"] for r in read_put(settings.data_dir)} == {"only here", "i1"}

@@ -323,7 +323,7 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
         rows, put = {t: rows for t, (rows, _, _) in tables.items()}, read_put(data_dir)
         rows["items"], put_items = _with_put(rows["items"], put, source, moment)
         sizes = _write(out, done, rows, log.gone, source, moment)
-        said = _account(log, done, taken) | sizes | dict(zip(came, log.read)) | dict(put_items=put_items, put_until=put_until(put), dataset=dataset, about=source.about,
+        said = _account(log, done, taken) | sizes | dict(zip(came, log.read)) | dict(put_items=put_items, put_until=put_until(put, told_at(source.files, source.items.raw if source.items else ())), dataset=dataset, about=source.about,
             moment=moment.isoformat(), timed=source.timed, quarantine_reasons=reasons, remarks=reason_counts(log.remarks), sources=_digests(source.files))
     write_json(out/"ingest.json", said)
     if data_dir: shutil.rmtree(refused_folder(data_dir), ignore_errors=True)

@@ -30,10 +30,6 @@ class Counters:
         "The counts at `moment`, float64 [items]."
         return self.weight * .5 ** ((moment - self.since) / self.half_life)
 
-    def grow(self, n_items: int):
-        "Make room for items that are new; codes stay."
-        self.weight = np.concatenate([self.weight, np.zeros(n_items - len(self.weight))])
-
 # %% ../../nbs/5_serving/07_freshness.ipynb #1e257a3d
 DEMAND = ("add_to_cart", "purchase")
 

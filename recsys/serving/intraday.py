@@ -21,7 +21,7 @@ from ..candidates.content import catalogue_attributes, rejoined
 from ..candidates.transitions import Links
 from ..core.files import digest, sweep
 from ..core.settings import RecsysError, Settings
-from ..data.put_items import write_put
+from ..data.put_items import read_put, write_put
 from ..features.definitions import NIGHTLY_ITEM, RANKED_ITEM, UNKNOWN
 from ..features.formulas import compiled, finish
 from ..features.point_in_time import category_codes
@@ -139,7 +139,8 @@ def day_version(base: Bundle, live: dict, folder: str | Path) -> Path | None:
     different = differing(base.items, newer(live, base.manifest.get("put_until", 0.)))
     if not matters(different, base.items): return None
     known = set(base.items["item_id"])
-    name = f"{base.folder.name}~{digest({i: {f: v for f, v in d.items() if f != 'stock'} for i, d in different.items()})[:8]}"
+    telling = {i: said for i, d in different.items() if (said := {f: v for f, v in d.items() if f != "stock"}) or i not in known} # the workers know the stock
+    name = f"{base.folder.name}~{digest(telling)[:8]}"
     if (Path(folder)/name/"manifest.json").exists(): return Path(folder)/name
     items, changed = overlay(base.items, different)
     return derive_bundle(base, Path(folder)/name, day_tables(base, items, changed), items, dict(new_items=len(items) - len(base.items), changed_items=sum(i in known for i in different)))
@@ -160,8 +161,9 @@ def put_in_place(folder: str | Path, made: Path | None):
     except OSError: before = None
     if made is None: (folder/"current").unlink(missing_ok=True)
     elif made.name != before: promote(folder, made.name)
-    for p in folder.iterdir() if folder.exists() else ():
-        if p.is_dir() and not p.is_symlink() and p.name not in (before, made and made.name): shutil.rmtree(p, ignore_errors=True)
+    mine = sorted((p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()), key=lambda p: p.stat().st_mtime) if folder.exists() else []
+    for p in mine[:-2] if made else mine:
+        if p.name not in (before, made and made.name): shutil.rmtree(p, ignore_errors=True)
 
 # %% ../../nbs/5_serving/19_intraday.ipynb #90917906
 class Keeper:
@@ -182,7 +184,8 @@ class Keeper:
 
     def make(self) -> Path | None:
         "Write what was put for the ingest, and the version of the day."
-        write_put(self.settings.data_dir, [msgspec.json.encode(c) for _, c in sorted(self.live.items())])
+        kept = {r["item_id"]: msgspec.json.encode(r) for r in read_put(self.settings.data_dir)} # a store that was lost takes no product with it
+        write_put(self.settings.data_dir, [r for _, r in sorted((kept | {i: msgspec.json.encode(c) for i, c in self.live.items()}).items())])
         made = day_version(self.base, self.live, self.folder)
         put_in_place(self.folder, made)
         return made

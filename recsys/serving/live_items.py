@@ -50,9 +50,13 @@ def stamped(c, now: float):
     return Change(**{**said(c), "put_ts": now})
 
 def newer(live: dict, bundle_until: float) -> dict:
-    "Those of `live` (item → `Change`) that a bundle does not know yet: put after the moment up to which it took over what was put, or with dates that come and go by themselves."
-    known = lambda c: c.put_ts is not UNSET and c.put_ts <= bundle_until and not (said(c).get("available_from") or said(c).get("available_to"))
-    return {i: c for i, c in live.items() if not known(c)}
+    "Those of `live` (item → `Change`) that a bundle does not know yet: put after the moment up to which it took over what was put. Of what it knows only dates that come and go by themselves."
+    found = {}
+    for i, c in live.items():
+        dates = {f: v for f in ("available_from", "available_to") if (v := said(c).get(f))}
+        if c.put_ts is UNSET or c.put_ts > bundle_until: found[i] = c
+        elif dates: found[i] = Change(item_id=i, put_ts=c.put_ts, **dates)
+    return found
 
 # %% ../../nbs/5_serving/14_live_items.ipynb #382e7a29
 def overlaid(before, new):

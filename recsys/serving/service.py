@@ -229,7 +229,7 @@ def refresh(service: Service, engine: Engine):
     with service.lock:
         state, now = engine.bundle.state, time.time()
         trending = np.array(state.trending)
-        if service.counted == engine.bundle.folder and len(trending):
+        if service.counted and service.counted.folder == engine.bundle.folder and len(trending):
             usual = np.asarray(state.item_x[:, USUAL], dtype=float)
             trending = joined(rising(service.counters.at(now), usual, len(trending)), trending, len(trending))
         sellable = engine.sold.copy()
@@ -246,9 +246,10 @@ def _items(service: Service) -> dict:
     while True:
         version, changes = service.store.items_since(service.version)
         if not changes: break
+        page = {c.item_id: c for c in changes}
+        with service.lock: service.live |= page # page by page: what is known stays known if the next one fails
         service.version = version
-        new |= {c.item_id: c for c in changes}
-    with service.lock: service.live |= new
+        new |= page
     return new
 
 def _dated(live: dict) -> dict:
@@ -257,10 +258,16 @@ def _dated(live: dict) -> dict:
 
 def _tail(service: Service) -> bool:
     "Count the demand of the newest events, of all workers and, where the state is shared by machines, of all machines; was there any?"
-    codes, some, bundle, far = service.engine.bundle.item_codes, False, service.engine.bundle.folder, not isinstance(service.store, LocalStore)
-    if service.counted != bundle: # the codes are others: count the newest events once more
-        service.counters, service.counted = Counters(len(codes), service.settings.serving.trending_hours * 3600, time.time()), bundle
-        service.tail_at = "0" if far else max(0, service.log.last() - RECENT)
+    bundle, some, far = service.engine.bundle, False, not isinstance(service.store, LocalStore)
+    codes, counted = bundle.item_codes, service.counted
+    if counted is None or counted.folder != bundle.folder: # the codes are others
+        fresh = Counters(len(codes), service.settings.serving.trending_hours * 3600, time.time())
+        if counted and night_of(counted.manifest) == night_of(bundle.manifest): # a version of the day goes on with the counts
+            number = lambda b, name: b.items.select("item_id").with_row_index(name)
+            both = number(counted, "was").join(number(bundle, "now"), on="item_id")
+            fresh.since, fresh.weight[both["now"].to_numpy()] = service.counters.since, service.counters.weight[both["was"].to_numpy()]
+        else: service.tail_at = "0" if far else max(0, service.log.last() - RECENT) # the newest events are counted once more
+        service.counters, service.counted = fresh, bundle
     while (found := _wanted_since(service, codes))[0] != service.tail_at:
         service.tail_at, some = found[0], True
         service.counters.add(*found[1])
@@ -299,7 +306,7 @@ def keep_up(service: Service, beat: float = .25):
         beats += 1
         try:
             new, engines = _items(service), _engines(service)
-            dated |= _dated(new)
+            dated = {i: c for i, c in dated.items() if i not in new} | _dated(new)
             if beats % 4 == 0: new = dated | new
             for engine in engines if new else (): _stock(service, new, engine)
             if beats % 4 == 0: logged(service.meter, service.log.counts())
@@ -312,10 +319,12 @@ def keep_up(service: Service, beat: float = .25):
 def _tidy(service: Service):
     "Roll the log into files, put those of past days together, let go what is too old; forget visitors that were not seen for long."
     data, how, today = service.settings.data_dir, service.settings.log, datetime.now(timezone.utc).date()
-    try:
-        service.log.roll(); service.store.sweep(time.time())
-        compact_log(data, today); prune_log(data, today - timedelta(days=how.events_days)); prune_shown(data, today - timedelta(days=how.served_days))
-    except Exception as e: log.warning("could not tidy: %s", e)
+    begun = [timedelta(seconds=time.time() - e.times[0]) for e in service.variants.now.book.experiments] # their lists are their data
+    lists = max([timedelta(days=how.served_days), *begun])
+    for do in (service.log.roll, lambda: service.store.sweep(time.time()), lambda: compact_log(data, today),
+               lambda: prune_log(data, today - timedelta(days=how.events_days)), lambda: prune_shown(data, today - lists)):
+        try: do()
+        except Exception as e: log.warning("could not tidy: %s", e)
 
 # %% ../../nbs/5_serving/16_service.ipynb #459d9705
 def _first(service: Service):

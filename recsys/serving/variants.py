@@ -45,6 +45,7 @@ def _opened(found: Experiments, folder: Path, engines: dict[Knobs, Engine], make
     "The experiments all of whose engines are open; `make(knobs, rules)` opens one into `engines`."
     ready = []
     for e in found.experiment if found.on else ():
+        if not e.on: continue
         try:
             for k in {knobs_of(v) for v in e.variant if v.weight > 0} - engines.keys() - {Knobs()}: engines[k] = make(k, read_rules(folder/k.rules) if k.rules else None)
             ready.append(e)
@@ -60,6 +61,8 @@ def follow(v: Variants, version: str, make) -> bool: # was there anything new?
     v.mark, engines = mark, {}
     try: found = read_experiments(v.file)
     except RecsysError as why: log.error("the experiments stay as they were: %s", why); return False
+    going = {e.name for e in found.experiment if found.on and e.on} # what is switched off stops now, before anything is opened
+    v.now = v.now._replace(book=v.now.book._replace(experiments=tuple(e for e in v.now.book.experiments if e.choices[0].text.partition(":")[0] in going)))
     ready = _opened(found, v.file.parent, engines, make)
     v.now = Running(book_of(ready), engines)
     log.info("experiments: %s", ", ".join(e.name for e in ready.experiment if e.on) or "none")
