@@ -236,7 +236,7 @@ def explained(model, reference: Table, current: Table, unit: str | None, most: i
         frame = some_rows(table, list(dict.fromkeys([*names, *([unit] * (unit is not None))])), most)
         x = frame.select(pl.col(names).cast(pl.Float64).fill_null(float("nan"))).to_numpy()
         scores = pl.DataFrame({"prediction": model.predict(x, raw_score=True, num_threads=threads) if len(x) else np.zeros(0)})
-        sides.append((x, shap_values(model, x, threads=threads), frame[unit].to_list() if unit else None, scores.with_columns(frame[unit]) if unit else scores))
+        sides.append((x, shap_values(model, x), frame[unit].to_list() if unit else None, scores.with_columns(frame[unit]) if unit else scores))
     (a, before, ua, pa), (b, after, ub, pb) = sides
     rows = attribution_drift(before, after, names, ua, ub, seed=seed)
     share = {r["name"]: (r["share_before"], r["share_delta"]) for r in rows}
