@@ -60,6 +60,18 @@ def test_lines_that_are_none_are_left_out():
     assert alone["visitor_id"].to_list() == ["r0", "r1", "r2"]
 
 
+def test_only_what_somebody_was_recommended_counts():
+    "Answers of the other kinds, which have no sources, and those of a shadow lie in the same log."
+    from recsys.monitoring.profiles import served_rows
+    whole = record(0, [("a", 1., "repeat")])
+    raw = msgspec.json.decode(whole)
+    other = [msgspec.json.encode(raw | dict(request_id=f"o{n}", items=[("a", 1., 1., [])]) | more) for n, more in enumerate((dict(kind="rank"), dict(kind="similar"), dict(variant="shadow exp:b")))]
+    bare = msgspec.json.encode(raw | dict(request_id="bare", items=[("a", 1., 1., [])]))
+    places = li.served_places(li.served_lists([*other, whole, bare]))
+    assert list(zip(places["list"], places["source"])) == [("r0", "repeat"), ("bare", None)]
+    assert served_rows([*other, whole, bare])["source"].to_list() == ["repeat", None]
+
+
 def week(seed, k, n=500, dead=False, level=0, version="v1"):
     rng = np.random.default_rng(seed)
     def items():

@@ -36,10 +36,11 @@ PLACES = dict(list=pl.String, visitor_id=pl.String, ts=pl.Datetime("us", "UTC"),
               position=pl.Int32, item_id=pl.String, source=pl.String, score=pl.Float64)
 
 def served_lists(records: Iterable[bytes]) -> Iterator[Served]:
-    "The lists of a log's lines; a line that is none is left out."
+    "The recommended lists of a log's lines; other answers, what a shadow would have shown and broken lines are left out."
     for line in records:
-        try: yield msgspec.json.decode(line, type=Served)
+        try: r = msgspec.json.decode(line, type=Served)
         except msgspec.DecodeError: continue
+        if r.kind == "recommend" and not r.variant.startswith("shadow "): yield r
 
 def visitor_of(r: Served) -> str:
     "Who saw a list; without an id everybody is one of their own."
@@ -51,7 +52,7 @@ def served_places(lists: Iterable[Served]) -> pl.DataFrame:
     for r in lists:
         who, ts = visitor_of(r), int(r.at * 1e6)
         for k, (item, score, _, sources) in enumerate(r.items, 1):
-            for c, v in zip(PLACES, (r.request_id, who, ts, r.request.placement, r.model_version, r.level, k, item, sources[0], score)): rows[c].append(v)
+            for c, v in zip(PLACES, (r.request_id, who, ts, r.request.placement, r.model_version, r.level, k, item, sources[0] if sources else None, score)): rows[c].append(v)
     return pl.DataFrame(rows, schema=PLACES | dict(ts=pl.Int64)).with_columns(pl.col("ts").cast(PLACES["ts"]))
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #4d4b45c7

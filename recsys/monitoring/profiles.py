@@ -233,14 +233,16 @@ class _Served(Struct):
     visitor_id: str | None
     user_id: str | None
     items: list[tuple[str, float, float, list[str]]]
+    kind: str = "recommend"
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #9e1fc27b
 def served_rows(records) -> pl.DataFrame:
-    "A row for every place of every list that was served: day, version, visitor, position, score, source, sources, placement, variant, level."
+    "A row for every place of every list that was recommended to somebody: day, version, visitor, position, score, source, sources, placement, variant, level."
     rows = []
     for line in records:
         try: r = msgspec.json.decode(line, type=_Served)
         except msgspec.DecodeError: continue # of another version; the log says nothing else about it
+        if r.kind != "recommend" or r.variant.startswith("shadow "): continue
         day = (date(1970, 1, 1) + timedelta(seconds=r.at)).isoformat()
         rows += [(day, r.model_version, r.user_id or r.visitor_id, k, score, source[0] if source else None, len(source), r.request.get("placement"), r.variant, r.level)
                  for k, (_, score, _, source) in enumerate(r.items, 1)]
