@@ -181,8 +181,23 @@ def test_the_job_compares_any_two_files(tmp_path):
     assert "rs-headline good" in text and len(text) < 300_000 and "1,500 in the reference" not in text
     r = json.loads((page.parent/"out/report.json").read_text())
     assert not r["alarm"] and r["rows"] == dict(reference=3000, current=1500)
+    assert not [h for h in ("The shop", "What follows from a score", "The lists", "Attributions over time") if f"<h2>{h}" in text], "the shop's own sections are not asked for"
     wrong = recsys(folder, "job", "drift", "-p", "reference=2026-01-01..2026-01-07", "-p", "current=2026-01-08..2026-01-14")
     assert wrong.returncode == 1 and "no profiles of 'events'" in wrong.stderr and wrong.stderr.count("\n") == 1, wrong.stderr
+
+
+def test_the_job_explains_two_files_by_a_model(tmp_path):
+    import lightgbm as lgb
+    from shop import make_shop, recsys
+    folder, a, b = make_shop(tmp_path/"shop"), orders(3000, 1), orders(3000, 2, dearer=4.)
+    x, y = a.select("price", "basket").to_numpy(), (a["price"] > 1).cast(int).to_numpy()
+    lgb.train(dict(objective="binary", verbose=-1, num_threads=1, num_leaves=7), lgb.Dataset(x, y, feature_name=["price", "basket"]), 10).save_model(folder/"model.txt")
+    a.write_parquet(folder/"a.parquet"); b.write_parquet(folder/"b.parquet")
+    done = recsys(folder, "job", "drift", *(p for k in ("reference=a.parquet", "current=b.parquet", "unit=user_id", "model=model.txt") for p in ("-p", k)))
+    assert done.returncode == 0, done.stderr
+    page, = (folder/"reports/runs").glob("drift-*/drift.html")
+    r = json.loads((page.parent/"out/report.json").read_text())
+    assert r["alarm"] and r["model"]["rows"] == 300 and {c["name"] for c in r["columns"] if c["shap_share"]} >= {"price"} and "mean raw score went from" in page.read_text()
 
 
 def test_windows_of_days_that_were_kept(tmp_path):
