@@ -13,6 +13,7 @@ from recsys.core.settings import RecsysError
 from recsys.features.definitions import NAMES
 from recsys.monitoring import lists as li
 from recsys.serving.bundle import open_bundle, promote
+from recsys.ranking.rules import Filter
 from recsys.serving.engine import Engine, Request, recommend
 from recsys.serving.service import Served, served_record
 from test_serving import BUDGET, PER_SOURCE, ask, ids, people, publish, serving, tables
@@ -187,6 +188,19 @@ def test_tables_of_another_version_are_a_skew(engines):
     nothing = li.skew_of(engines["v1"], [msgspec.structs.replace(records[0], x=[])])
     assert (nothing["lists"], nothing["skipped"], nothing["identical"]) == (0, 1, None)
     json.dumps([said, nothing], allow_nan=False)
+
+
+def test_what_must_differ_is_not_compared(engines):
+    "Live demand, other candidates, other variants."
+    r = logged(engines["v1"], Request(user_id="u1", n=8))
+    other = [msgspec.structs.replace(r, **more) for more in (dict(level=1), dict(variant="e:b"))]
+    other += [msgspec.structs.replace(r, request=msgspec.structs.replace(r.request, **more)) for more in (dict(filter=Filter(region="north")), dict(exclude=["i1"]))]
+    said = li.skew_of(engines["v1"], [r, *other])
+    assert (said["lists"], said["skipped"], said["identical"]) == (1, 4, 1) and "cannot be compared: 4." in said["sentence"]
+    for name in ("rank_trending", "n_sources"): r.x[0][NAMES.index(name)] += 1
+    assert li.skew_of(engines["v1"], [r])["identical"] == 1
+    r.x[0][NAMES.index("rank_repeat")] += 1
+    assert [f["name"] for f in li.skew_of(engines["v1"], [r])["features"]] == ["rank_repeat"]
 
 
 def test_what_the_real_service_logged_is_recomputed(shop):
