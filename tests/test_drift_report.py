@@ -113,6 +113,7 @@ def test_the_process_itself(tmp_path):
     orders(2000, 1).write_parquet(tmp_path/"a.parquet"); orders(2000, 2, 3.).write_parquet(tmp_path/"b.parquet")
     command = [Path(sysconfig.get_path("scripts"))/"recsys", "drift", "--reference", "a.parquet", "--out", "o", "--current"]
     done = [subprocess.run([*command, c], cwd=tmp_path, capture_output=True, text=True) for c in ("b.parquet", "a.parquet", "c.parquet")]
+    assert subprocess.run(command[:-1], cwd=tmp_path, capture_output=True).returncode == 1, "2 is for drift alone"
     assert [d.returncode for d in done] == [2, 0, 1] and "price" in done[0].stdout and done[2].stderr.count("\n") == 1, [d.stderr for d in done]
 
 

@@ -194,6 +194,7 @@ def _experiment_gate(a):
     return 0 if said.verdict == "open" else 4
 
 
+
 # %% ../../nbs/9_operations/07_cli.ipynb #fea7f05f
 def _keys_new(a):
     from recsys.serving.keys import new_key
@@ -421,9 +422,13 @@ def _drift(a):
     return 2 if r.alarm else 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
+class _Parser(argparse.ArgumentParser):
+    "Says what is wrong with a command like everything else that goes wrong: one line, exit code 1 (argparse's 2 is that of drift)."
+    def error(self, message): self.exit(1, f"recsys: {' '.join(message.split())} — see {self.prog} --help\n")
+
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
-    p = argparse.ArgumentParser("recsys", description="From a shop's raw events to ranked products, kept honest by reports one can believe.")
+    p = _Parser("recsys", description="From a shop's raw events to ranked products, kept honest by reports one can believe.")
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     def command(name, do, text):
         c = sub.add_parser(name, help=text, description=text); c.set_defaults(do=do)
