@@ -2246,6 +2246,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'recsys/monitoring/profiles.py'),
                                             'recsys.monitoring.profiles.load_profile': ( '7_monitoring/profiles.html#load_profile',
                                                                                          'recsys/monitoring/profiles.py'),
+                                            'recsys.monitoring.profiles.moment_of': ( '7_monitoring/profiles.html#moment_of',
+                                                                                      'recsys/monitoring/profiles.py'),
                                             'recsys.monitoring.profiles.profile_days': ( '7_monitoring/profiles.html#profile_days',
                                                                                          'recsys/monitoring/profiles.py'),
                                             'recsys.monitoring.profiles.profile_shop': ( '7_monitoring/profiles.html#profile_shop',

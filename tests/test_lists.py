@@ -132,6 +132,23 @@ def test_a_large_log_is_read_by_visitors(tmp_path):
     assert 100 < len(some) < 600 and len(both) == len(count(some)) and (both["count"] == both["count_all"]).all()
 
 
+def test_a_run_as_of_an_earlier_day_sees_nothing_later(tmp_path):
+    from recsys.monitoring.profiles import profile_shop, shop_stores
+    for d in range(1, 6):
+        folder = tmp_path/f"served/day=2026-03-0{d}"; folder.mkdir(parents=True)
+        (folder/"1-1.jsonl").write_bytes(b"".join(record(f"{d}-{n}", [("a", 1., "repeat")], f"v{n}", d - 1 + n / 10) + b"\n" for n in range(10)))
+    moment = START + timedelta(days=2, hours=12)
+    before = moment.timestamp()
+    assert {f.parent.name[-1] for f in li.recent_files(tmp_path, 2, before)} == {"2", "3"} and not li.recent_files(tmp_path, 2, START.timestamp())
+    seen = list(li.recent_lists(tmp_path, 2, before=before))
+    assert len(seen) == 15 and max(r.at for r in seen) < before
+    (tmp_path/"in").mkdir(); (tmp_path/"in/ingest.json").write_text(json.dumps(dict(moment=moment.isoformat())))
+    pl.DataFrame(dict(item_id=["a"], category=["A"])).write_parquet(tmp_path/"in/items.parquet")
+    assert profile_shop(tmp_path/"in", tmp_path, "shop")["served"] == ["2026-03-01", "2026-03-02", "2026-03-03"]
+    kept = lambda d: sum(pl.read_parquet_metadata(f)["recsys"].count('"rows":5') for f in shop_stores(tmp_path, "shop")["served"].glob(f"day={d}/*"))
+    assert kept("2026-03-03") == 1 and not kept("2026-03-02")
+
+
 # ---- train and serve
 
 @settings(max_examples=60, deadline=None)

@@ -295,7 +295,7 @@ def concept_run(ingested: str | Path, data_dir: str | Path, settings: Settings) 
     if not (parts := sorted((ingested/"impressions").glob("*.parquet"))): return []
     end, minutes = datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"]), outcome_minutes(d.outcome_minutes)
     rows = pl.scan_parquet(parts).filter(pl.col("ts") >= end - timedelta(days=7 * (b.weeks + 1) + b.window_days)).collect(engine="streaming")
-    given = served_places(recent_lists(data_dir, 7 * (b.weeks + 1) + b.window_days)).select(request_id="list", item_id="item_id", score="score", version="version").unique(["request_id", "item_id"])
+    given = served_places(recent_lists(data_dir, 7 * (b.weeks + 1) + b.window_days, before=end.timestamp())).select(request_id="list", item_id="item_id", score="score", version="version").unique(["request_id", "item_id"])
     rows = rows.join(given, on=["request_id", "item_id"], how="left")
     segments = [c for c in ("placement", "variant", "version") if 1 < rows[c].n_unique() <= 20]
     return [watched(rows, k, minutes[k], end, b.window_days, segments, settings.drift.alarm_budget, settings.run.seed) for k in dict.fromkeys(("click", d.target_event)) if k in minutes and k in rows.columns]

@@ -11,6 +11,7 @@ __all__ = ['PLACES', 'MOST_LISTS', 'LIVE', 'served_lists', 'visitor_of', 'served
 # %% ../../nbs/7_monitoring/11_lists.ipynb #2ed05d8e
 from datetime import date, datetime, timedelta, timezone
 from inspect import signature
+from math import inf
 from pathlib import Path
 from typing import Iterable, Iterator
 from zlib import crc32
@@ -26,6 +27,7 @@ from ..data.shown import shown_files
 from ..features.build import day_of, read_moments
 from ..features.definitions import ABSENT, NAMES, SOURCES
 from .drift import Comparison, compare, draws, to_dict
+from .profiles import moment_of
 from .statistics import bucket_of
 from ..ranking.ranker import as_served, load_ranker
 from ..ranking.rows import shown_rows
@@ -36,12 +38,12 @@ from ..serving.service import Served, open_engine
 PLACES = dict(list=pl.String, visitor_id=pl.String, ts=pl.Datetime("us", "UTC"), placement=pl.String, version=pl.String, level=pl.Int32,
               position=pl.Int32, item_id=pl.String, source=pl.String, score=pl.Float64)
 
-def served_lists(records: Iterable[bytes]) -> Iterator[Served]:
-    "The recommended lists of a log's lines; other answers, what a shadow would have shown and broken lines are left out."
+def served_lists(records: Iterable[bytes], before: float = inf) -> Iterator[Served]:
+    "The recommended lists of a log's lines that were given `before` a moment (epoch s); other answers, what a shadow would have shown and broken lines are left out."
     for line in records:
         try: r = msgspec.json.decode(line, type=Served)
         except msgspec.DecodeError: continue
-        if r.kind == "recommend" and not r.variant.startswith("shadow "): yield r
+        if r.kind == "recommend" and not r.variant.startswith("shadow ") and r.at < before: yield r
 
 def visitor_of(r: Served) -> str:
     "Who saw a list; without an id everybody is one of their own."
@@ -59,18 +61,19 @@ def served_places(lists: Iterable[Served]) -> pl.DataFrame:
 # %% ../../nbs/7_monitoring/11_lists.ipynb #4d4b45c7
 MOST_LISTS = 100_000 # about so many are looked at
 
-def recent_files(data_dir: str | Path, days: int) -> list[Path]:
-    "Files of the newest `days` of the log of what was served."
+def recent_files(data_dir: str | Path, days: int, before: float = inf) -> list[Path]:
+    "Files of the newest `days` that began `before` a moment (epoch s), of the log of what was served."
     dated = [(date.fromisoformat(f.parent.name.removeprefix("day=")), f) for f in shown_files(data_dir)]
+    dated = [(d, f) for d, f in dated if datetime(d.year, d.month, d.day, tzinfo=timezone.utc).timestamp() < before]
     return [f for d, f in dated if d > dated[-1][0] - timedelta(days=days)]
 
-def recent_lists(data_dir: str | Path, days: int, most: int = MOST_LISTS) -> Iterator[Served]:
-    "Lists of the newest `days`; of a log with more than about `most` those of every so-manieth visitor."
-    if not (files := recent_files(data_dir, days)): return
+def recent_lists(data_dir: str | Path, days: int, most: int = MOST_LISTS, before: float = inf) -> Iterator[Served]:
+    "Lists of the newest `days` `before` a moment (epoch s); of a log with more than about `most` those of every so-manieth visitor."
+    if not (files := recent_files(data_dir, days, before)): return
     with files[0].open("rb") as f: head = f.read(1 << 18)
     one_in = -(-sum(f.stat().st_size for f in files) * max(head.count(b"\n"), 1) // (max(len(head), 1) * most)) or 1
     for path in files:
-        with path.open("rb") as f: yield from (r for r in served_lists(l for l in f if l.endswith(b"\n")) if crc32(visitor_of(r).encode()) % one_in == 0)
+        with path.open("rb") as f: yield from (r for r in served_lists((l for l in f if l.endswith(b"\n")), before) if crc32(visitor_of(r).encode()) % one_in == 0)
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #cb861416
 def _pairs_apart(places: pl.LazyFrame) -> pl.LazyFrame:
@@ -181,9 +184,9 @@ def night_windows(features: Path, candidates: Path, trained: Path, settings: Set
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #afdbc643
 def lists_run(ingested: str | Path, features: str | Path, candidates: str | Path, trained: str | Path, settings: Settings) -> dict:
-    "The lists that were served, or the lists of the night: source (served, night), sentence, alarm, comparison (None: too few), days (of `day_figures`), mix (of `position_mix`), coverage (of `day_coverage`)."
+    "The lists that were served before the ingest's moment, or the lists of the night: source (served, night), sentence, alarm, comparison (None: too few), days (of `day_figures`), mix (of `position_mix`), coverage (of `day_coverage`)."
     ingested, target = Path(ingested), settings.data.target_event
-    items, places = pl.read_parquet(ingested/"items.parquet"), served_places(recent_lists(settings.data_dir, 8 * settings.business.window_days))
+    items, places = pl.read_parquet(ingested/"items.parquet"), served_places(recent_lists(settings.data_dir, 8 * settings.business.window_days, before=moment_of(ingested)))
     rows = list_rows(places, items, bought_share(read_events(ingested/"events", None), target))
     windows, served = windows_of(rows, settings.business.window_days), True
     if len(windows) < 2: windows, served = night_windows(Path(features), Path(candidates), Path(trained), settings), False
@@ -261,14 +264,14 @@ def _score_skew(engine: Engine, pairs: list) -> tuple[float, float]:
     return float(np.abs(a - b).mean() / (a.std() or 1)), float(np.mean(other))
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #9529a905
-def skew_run(data_dir: str | Path, bundles: str | Path, settings: Settings, days: int = 7, most: int = 1000) -> list[dict]:
-    """`skew_of` the newest `most` sampled lists of every version that served in the newest `days` and whose bundle is there, the newest version first.
+def skew_run(data_dir: str | Path, bundles: str | Path, settings: Settings, before: float = inf, days: int = 7, most: int = 1000) -> list[dict]:
+    """`skew_of` the newest `most` sampled lists of every version that served in the newest `days` `before` a moment (epoch s) and whose bundle is there, the newest version first.
 
     Lists of versions that are gone come last, as one entry without a version that only says how many."""
     by, gone, c, there = {}, {}, settings.candidates, {p.name: p for p in Path(bundles).glob("*") if (p/"manifest.json").exists() and not p.is_symlink()}
-    for path in recent_files(data_dir, days):
+    for path in recent_files(data_dir, days, before):
         with path.open("rb") as f:
-            for r in served_lists(l for l in f if b'"x":[[' in l):
+            for r in served_lists((l for l in f if b'"x":[[' in l), before):
                 if r.model_version not in there: gone[r.model_version] = gone.get(r.model_version, 0) + 1; continue
                 by.setdefault(r.model_version, []).append(r)
                 if len(by[r.model_version]) > 2 * most: del by[r.model_version][:most]

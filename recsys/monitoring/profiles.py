@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'shrink', 'Facts', 'write_window', 'read_facts', 'read_window', 'save_profile', 'load_frozen',
            'load_profile', 'Store', 'kept', 'window_of', 'weeks_before', 'without_rows', 'week_report', 'event_rows',
-           'served_rows', 'profile_days', 'shop_stores', 'profile_shop']
+           'served_rows', 'profile_days', 'shop_stores', 'moment_of', 'profile_shop']
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #0738ba44
 import base64, zlib
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from ..core.files import atomic_dir, atomic_file, digest
+from ..core.files import atomic_dir, atomic_file, digest, read_json
 from ..core.settings import RecsysError
 from .drift import Comparison, Plan, Profile, judge, profile_of
 from .statistics import NO_VALUES, Counts, Frozen, Table, Window, coarsen, coarser, measure, no_counts
@@ -236,13 +237,13 @@ class _Served(Struct):
     kind: str = "recommend"
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #9e1fc27b
-def served_rows(records) -> pl.DataFrame:
-    "A row for every place of every list that was recommended to somebody: day, version, visitor, position, score, source, sources, placement, variant, level."
+def served_rows(records, before: float = inf) -> pl.DataFrame:
+    "A row for every place of every list that was recommended to somebody `before` a moment (epoch s): day, version, visitor, position, score, source, sources, placement, variant, level."
     rows = []
     for line in records:
         try: r = msgspec.json.decode(line, type=_Served)
         except msgspec.DecodeError: continue # of another version; the log says nothing else about it
-        if r.kind != "recommend" or r.variant.startswith("shadow "): continue
+        if r.kind != "recommend" or r.variant.startswith("shadow ") or r.at >= before: continue
         day = (date(1970, 1, 1) + timedelta(seconds=r.at)).isoformat()
         rows += [(day, r.model_version, r.user_id or r.visitor_id, k, score, source[0] if source else None, len(source), r.request.get("placement"), r.variant, r.level)
                  for k, (_, score, _, source) in enumerate(r.items, 1)]
@@ -274,13 +275,19 @@ def shop_stores(data_dir: Path, dataset: str) -> dict[str, Path]:
     return {what: Path(data_dir)/"profiles"/f"{what}-{digest(dataset)}" for what in ("events", "served")}
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #af6afd00
+def moment_of(ingested: str | Path) -> float:
+    "The moment of an ingest, epoch s: whoever reports as of it may see nothing on or after it, also of what the ingest does not hold."
+    return datetime.fromisoformat(read_json(Path(ingested)/"ingest.json")["moment"]).timestamp()
+
 def profile_shop(ingested: str | Path, data_dir: str | Path, dataset: str, most: int = 91) -> dict[str, list[str]]:
-    "Keep the last `most` days of ingested events and of lists that were served, as far as they are not kept yet; the days written."
+    "Keep the last `most` days of ingested events and of lists that were served before the ingest's moment, as far as they are not kept yet; the days written."
     ingested, data_dir, stores = Path(ingested), Path(data_dir), shop_stores(Path(data_dir), dataset)
     items = pl.read_parquet(ingested/"items.parquet", columns=["item_id", "category"])
     events = [(p.name[4:], lambda p=p: event_rows(pl.read_parquet(p/"*.parquet", hive_partitioning=False), items)) for p in sorted((ingested/"events").glob("day=*"))[-most:]]
     def records(folder):
         for file in sorted(folder.glob("*.jsonl")):
             with file.open("rb") as f: yield from (l for l in f if l.endswith(b"\n"))
-    served = [(p.name[4:], lambda p=p: served_rows(records(p))) for p in sorted((data_dir/"served").glob("day=*"))[-most:]]
+    before = moment_of(ingested)
+    seen = [p for p in sorted((data_dir/"served").glob("day=*")) if datetime.fromisoformat(p.name[4:] + "T00Z").timestamp() < before]
+    served = [(p.name[4:], lambda p=p: served_rows(records(p), before)) for p in seen[-most:]]
     return {what: profile_days(stores[what], days) for what, days in (("events", events), ("served", served)) if days}

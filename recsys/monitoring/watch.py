@@ -22,7 +22,7 @@ from .business import business_run
 from .concept import concept_run
 from .drift import Plan, compare, to_dict
 from .lists import lists_run, skew_run
-from .profiles import Store, profile_shop, shop_stores, week_report
+from .profiles import Store, moment_of, profile_shop, shop_stores, week_report
 from ..ranking.ranker import as_served, load_ranker
 from ..serving.engine import Engine
 
@@ -137,6 +137,6 @@ def with_outcomes(said: dict, business: dict, concept: list[dict], lists: dict, 
 def outcomes_run(ingested: str | Path, features: str | Path, candidates: str | Path, trained: str | Path, bundles: str | Path, out: str | Path, settings: Settings) -> dict:
     "Add to `out`/drift.json what `with_outcomes` says; returns the whole."
     said = with_outcomes(read_json(Path(out)/"drift.json"), business_run(ingested, settings), concept_run(ingested, settings.data_dir, settings),
-                         lists_run(ingested, features, candidates, trained, settings), skew_run(settings.data_dir, bundles, settings))
+                         lists_run(ingested, features, candidates, trained, settings), skew_run(settings.data_dir, bundles, settings, moment_of(ingested)))
     write_json(Path(out)/"drift.json", said)
     return said
