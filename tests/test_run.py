@@ -1,5 +1,6 @@
 "The daily run through the command line: killed, resumed, skipped, gated, refused; on a small simulated shop."
-import hashlib, json, os, re, signal, subprocess, sys, time
+import hashlib, json, os, re, shutil, signal, subprocess, sys, time
+from datetime import datetime, timedelta
 
 import pytest
 from shop import COMMAND, MAPPING, events, make_shop, recsys, settings_text, write_csv
@@ -58,6 +59,26 @@ def test_a_second_run_does_nothing_again(published, shop):
 def test_a_changed_setting_repeats_only_what_depends_on_it(published, shop):
     again = recsys(shop, "run", "--allow-regression", env=dict(RECSYS_DRIFT_PSI_LIMIT="0.2"))
     assert [n for n, l in lines(again.stdout).items() if "skipped" not in l] == ["drift", "publish"], again.stdout + again.stderr
+
+def test_the_drift_job_reads_what_was_served_until_its_moment(published, shop):
+    "Lists of all kinds, also of a day after the moment, in the steps that the run left."
+    end = datetime.fromisoformat(json.loads(next((shop/"data/steps").glob("ingest-*/ingest.json")).read_text())["moment"])
+    for days in range(-2, 20):
+        day = end - timedelta(days=days, hours=5)
+        folder = shop/f"data/served/day={day.date()}"; folder.mkdir(parents=True)
+        with (folder/"1-1.jsonl").open("w") as f:
+            for n in range(60):
+                r = dict(request_id=f"{days}-{n}", at=day.timestamp() - 60 * n, model_version="gone", variant="default", level=0, asked=0, request={}, visitor_id=f"c{n}", user_id=None,
+                         items=[(f"a{(n + k) % 60}", 1 - k / 9, 1., ["repeat"]) for k in range(5)], x=[[0.] * 3] * 5)
+                for more in ({}, dict(kind="rank", items=[("a1", 1., 1., [])]), dict(variant="shadow e:b")): f.write(json.dumps(r | more, separators=(",", ":")) + "\n")
+    done = recsys(shop, "job", "drift")
+    shutil.rmtree(shop/"data/served")
+    assert done.returncode == 0, done.stderr
+    page, = (shop/"reports/runs").glob("drift-*/drift.html")
+    said = json.loads((page.parent/"out/drift.json").read_text())
+    last = said["lists"]["days"][-1]
+    assert said["lists"]["source"] == "served" and last["lists"] == 60 and last["day"] < end.date().isoformat() and said["weeks"]["events"]
+    assert [(s["version"], s["lists"]) for s in said["skew"]] == [(None, 0)] and "<h2>The lists" in page.read_text()
 
 def test_the_figures_are_those_of_the_page(published, shop):
     f = published["figures"]
