@@ -15,12 +15,13 @@ from recsys.core.settings import RecsysError
 from recsys.data.events import UTC
 from recsys.data.identity import NO_LINKS
 from recsys.experiments.analysis import METRIC, aggregates, columns_of, compare, comparisons, corrected, decide, guarded, remaining_days
-from recsys.experiments.gate import clicked, explored, gate_of, would_show
+from recsys.experiments.gate import clicked, explored, gate_of, gate_rows, would_show
 from recsys.experiments.off_policy import ESTIMATORS, Rows, arm_rates, best_strength, evaluate, gate, influence, overlap, rows_of, shrunk, standard_error
 from recsys.experiments.sample_ratio import ALARMS, deviation, sample_ratio, spent
 from recsys.experiments.sequential import Walk, always_valid_p, crossing, multiplier, needed, power, spending_bounds, units_for
 from recsys.experiments.units import LISTS, lists_of, maturity, unit_table
 from recsys.operations.bench_experiments import aa_tests, asos_decisions, library_z, moments, open_bandit, power_tests, ratio_tests, thompson, unit_pool, z_of
+from recsys.ranking.rules import Exploration, Rules
 from recsys.serving.assignment import Experiment, Variant
 from recsys.serving.bundle import open_bundle
 from recsys.serving.engine import Engine, Request, recommend
@@ -486,6 +487,22 @@ def test_the_gate_asks_the_engine_what_it_would_have_shown(tmp_path):
     assert run.returncode == 4 and run.stdout.startswith("unknown: No answer") and "400 explored places" in run.stdout, run.stderr
     run = recsys(tmp_path, "experiment", "gate", "v9")
     assert run.returncode == 1 and "no version 'v9'" in run.stderr
+
+def test_the_version_that_explored_is_weighed_as_one_on_average(tmp_path):
+    publish(tmp_path); b = open_bundle(tmp_path/"bundles"/"v1")
+    engine, lines, greedy = Engine(b.state, b.ranker, PER_SOURCE, BUDGET, b), [], {}
+    asks = {f"r{k}": Request(visitor_id=f"v{k}", user_id=f"u{k % 20}", n=5) for k in range(800)}
+    for r, request in asks.items(): greedy[r] = recommend(engine, request, r).items[4].item_id
+    engine.use(Rules(exploration=Exploration(places=1, epsilon=.5, temperature=1, pool=5)))
+    for r, request in asks.items():
+        items = [[s.item_id, s.score, s.propensity, []] for s in recommend(engine, request, r).items]
+        lines.append(json.dumps(dict(request_id=r, at=T0.timestamp(), variant="default", visitor_id=request.visitor_id, request=json.loads(msgspec.json.encode(request)), items=items)))
+    (tmp_path/"data"/"served"/"day=2026-11-02").mkdir(parents=True); (tmp_path/"data"/"served"/"day=2026-11-02"/"1.jsonl").write_text("\n".join(lines) + "\n")
+    places, asked = explored(tmp_path/"data", T0)
+    shown = would_show(engine, asked, places)
+    assert len(places) > 700 and shown == [greedy[p.request_id] for p in places] and engine.rules.exploration
+    w = gate_rows(places, shown, np.zeros(len(places))).w
+    assert .05 < (w == 0).mean() and abs(w.mean() - 1) < 4 * w.std() / np.sqrt(len(w))
 
 def test_daily_looks_at_units_that_are_still_buying_are_seldom_wrong():
     "Each unit buys within a week of its exposure or never; all of them are looked at again every day, as shares of units."

@@ -56,10 +56,12 @@ def explored(data_dir: str | Path, since: datetime, most: int = 20_000) -> tuple
 # %% ../../nbs/8_experiments/08_gate.ipynb #e6bfbd43
 def would_show(engine: Engine, asked: dict[str, Request], places: list[Place]) -> list[str | None]:
     "The candidate's item at each place; None: its list is shorter."
-    lists = {}
+    lists, rules = {}, engine.rules
+    engine.use(msgspec.structs.replace(rules, exploration=None))
     for request_id, request in asked.items():
         said = recommend(engine, msgspec.structs.replace(request, explain=False, timeout_ms=None), request_id)
         lists[request_id] = [s.item_id for s in said.items]
+    engine.use(rules)
     return [l[p.place] if p.place < len(l := lists[p.request_id]) else None for p in places]
 
 def clicked(places: list[Place], events: pl.LazyFrame, minutes: int, moment: datetime) -> np.ndarray: # [places] 0, 1, nan: not known yet
