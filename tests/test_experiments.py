@@ -329,6 +329,27 @@ def test_open_bandit_protocol_on_a_log_made_up():
     said = open_bandit(log(uniform), log(ts), ts, 5)
     assert said["error"]["dr"] < .15 and said["warning"] is None and set(said["error"]) == {*ESTIMATORS, "as logged"}
 
+def of_four(lifts, **changes):
+    "Units and looks of an experiment with a control, two rivals and a shadow, and what is decided."
+    parts = [(made_up(40_000, 1), "control", "control")] + [(made_up(40_000, 1 + k, l), "new", name) for k, (name, l) in enumerate(lifts.items(), 1)]
+    u = pl.concat([u.filter(pl.col("variant") == v).with_columns(pl.col("clicks").cast(pl.Float64), variant=pl.lit(name)) for u, v, name in parts])
+    e = experiment(variant=(Variant(name="control"), Variant(name="a"), Variant(name="b"), Variant(name="unseen", shadow=True)), **changes)
+    return e, u, decide(u, e, [[(u["variant"] == v.name).sum() for v in e.variant]], 14, 160_000)
+
+@pytest.mark.parametrize("lift, answer, words", [(0, "open", "Go on"), (.4, "better", "Ship 'a'"), (-.5, "worse", "Stop")])
+def test_harm_is_said_before_better_news(lift, answer, words):
+    _, _, d = of_four(dict(a=lift, b=-.4, unseen=0))
+    assert d.answer == answer and d.sentence.count("Stop 'b'") == 1 and words in d.sentence.split(". ")[-1]
+    if answer != "worse": assert d.sentence.startswith("Stop 'b': clicks per impression -") and d.sentence.count("Stop") == 1
+
+def test_a_shadow_is_judged_by_its_lists_alone():
+    e, u, d = of_four(dict(a=0, b=0, unseen=-.5), guardrails=dict(revenue=.9, latency_ms=.5))
+    assert {c.variant for c in d.primary} == {"a", "b"} and {c.metric for c in d.others if c.variant == "unseen"} <= {"latency_ms", "diversity"} and "unseen" not in d.sentence
+    slow = u.with_columns(latency_ms=pl.col("lists") * 5.0 * (1 + (pl.col("variant") == "unseen")) + u["buyer"] * .1)
+    e = experiment(primary="latency_ms", guardrails=dict(revenue=.9), variant=e.variant)
+    d = decide(slow, e, [[(u["variant"] == v.name).sum() for v in e.variant]], 14, 160_000)
+    assert d.guardrails["unseen"] == {} and "Stop 'unseen': latency" in d.sentence and d.guardrails["a"].keys() == {"revenue"}
+
 # ---- units and what came of them
 
 MINUTES, T0 = dict(click=30, add_to_cart=1440, purchase=7 * 1440), datetime(2026, 11, 2, tzinfo=timezone.utc)
