@@ -415,6 +415,16 @@ def test_lists_of_an_experiment_are_read_from_the_log(tmp_path):
     (tmp_path/"served"/"day=2026-11-02"/"1.jsonl").write_text("\n".join([line("x:new"), line("y:a,x:control"), line("xx:new"), line("default"), line("x:new", None)]) + "\n{\"cut")
     assert lists_of(tmp_path, "x")["variant"].to_list() == ["new", "control"]
 
+def test_a_shadow_without_a_line_of_its_own_is_not_known(tmp_path):
+    (tmp_path/"served"/"day=2026-11-02").mkdir(parents=True)
+    line = lambda r, variant, items, took: json.dumps(dict(request_id=r, at=T0.timestamp(), variant=variant, visitor_id=r[:2], user_id=None, items=[[i, 1, 1, []] for i in items], took_ms=took))
+    (tmp_path/"served"/"day=2026-11-02"/"1.jsonl").write_text("\n".join([line("r1", "x:unseen", "ab", 5.0), line("r1#shadow", "shadow x:unseen", "cd", 7.0), line("r2", "x:unseen", "ab", 5.0), line("r3", "x:control", "ab", 5.0)]) + "\n")
+    lists = lists_of(tmp_path, "x", ("unseen",))
+    assert lists.select("items", "took_ms").rows() == [(["c", "d"], 7.0), (None, None), (["a", "b"], 5.0)]
+    e = experiment(variant=(Variant(name="control"), Variant(name="unseen", shadow=True)))
+    t = unit_table(e, lists, pl.DataFrame(schema=EVENT).lazy(), MINUTES, T0 + timedelta(days=1))
+    assert t.units.select("unit", "lists", "latency_ms").rows() == [("r1", 1, 7.0), ("r2", 0, 0.0), ("r3", 1, 5.0)]
+
 # ---- the job and the commands
 
 FILE = """[[experiment]]

@@ -2,6 +2,7 @@
 import json, os, time
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from recsys.ranking.rules import read_rules
 from recsys.serving.assignment import assign, book_of, read_experiments
 from recsys.serving.bundle import open_bundle, promote
 from recsys.serving.engine import Engine, Request, recommend
+from recsys.serving.service import Service, ask as ask_service, start
 from shop import settings_text
 from test_serving import BUDGET, PER_SOURCE, ask, publish, serving, tables
 
@@ -114,6 +116,20 @@ def test_an_exposure_is_noted_once_and_a_shadow_in_the_log_only(server):
     made = {r["request_id"].removesuffix("#shadow"): r for r in shadow}
     for row in table:
         if row["visitor_id"] == dark: assert row["items"] == [i[0] for i in made[row["request_id"]]["items"]] and row["took_ms"] == made[row["request_id"]]["took_ms"]
+
+def test_a_shadow_takes_as_long_for_the_state_as_what_was_shown(shop, tmp_path):
+    s, change = load_settings(), msgspec.structs.replace
+    s = change(s, paths=change(s.paths, data=str(tmp_path/"data")), experiments=change(s.experiments, file=str(shop/"e.toml")), candidates=change(s.candidates, per_source=PER_SOURCE, budget=BUDGET))
+    book = book_of(read_experiments(shop/"e.toml"))
+    v = next(v for v in (f"w{k}" for k in range(1000)) if "dark:unseen" in [c.text for c in assign(book, v, None, None, None, time.time())])
+    service = Service(s, shop/"bundles"); start(service)
+    read = service.store.read
+    def slow(*args): time.sleep(.2); return read(*args)
+    service.store.read = slow
+    answer = ask_service(service, Request(visitor_id=v), "r")
+    service.close()
+    took = {r["variant"]: r["took_ms"] for r in map(json.loads, served_records(tmp_path/"data"))}
+    assert answer.variant == "dark:unseen" and took.keys() == {"dark:unseen", "shadow dark:unseen"} and min(took.values()) >= 200
 
 def test_explanations_come_from_the_engine_that_answered(server):
     book = book_of(read_experiments(server.folder/"e.toml"))

@@ -35,15 +35,16 @@ class _Line(Struct):
 
 LISTS = dict(request_id=pl.String, at=UTC, variant=pl.String, visitor_id=pl.String, user_id=pl.String, items=pl.List(pl.String), took_ms=pl.Float64)
 
-def lists_of(data_dir: str | Path, experiment: str) -> pl.DataFrame: # columns of LISTS; variant: of this experiment
-    "The lists that were given within an experiment to people who consented."
+def lists_of(data_dir: str | Path, experiment: str, shadows: tuple[str, ...] = ()) -> pl.DataFrame: # columns of LISTS; variant: of this experiment
+    "The lists that were given within an experiment to people who consented; of its `shadows`, those that they made."
     found, dark, decode = [], {}, msgspec.json.Decoder(_Line).decode
     for record in served_records(data_dir):
         line = decode(record)
         if line.variant.startswith(f"shadow {experiment}:"): dark[line.request_id.removesuffix("#shadow")] = line; continue
         name = next((v.partition(":")[2] for v in line.variant.split(",") if v.partition(":")[0] == experiment), None)
         if name is not None and line.visitor_id: found.append((line.request_id, datetime.fromtimestamp(line.at, timezone.utc), name, line.visitor_id, line.user_id, line))
-    found = [(*row, [i[0] for i in made.items], made.took_ms) for *row, line in found for made in [dark.get(line.request_id, line)]]
+    made = lambda name, line: dark.get(line.request_id, None if name in shadows else line)
+    found = [(*row, [i[0] for i in m.items] if m else None, m.took_ms if m else None) for *row, line in found for m in [made(row[2], line)]]
     return pl.DataFrame(found, schema=LISTS, orient="row")
 
 # %% ../../nbs/8_experiments/05_units.ipynb #b98aba6b

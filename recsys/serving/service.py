@@ -386,7 +386,7 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
     sampled = engine.last if service.count % service.settings.serving.features_one_in == 0 else None
     exposed = [c.text for c in chosen if service.variants.exposures.first(c, request.visitor_id, request.user_id)]
     service.log.served(served_record(engine, request, answer, level, sampled, now, exposed))
-    for c, dark in shadows(running.engines, chosen): _soon(_shadow, service, c, dark, request, request_id, level, now)
+    for c, dark in shadows(running.engines, chosen): _soon(_shadow, service, c, dark, request, request_id, level, now, known - begin)
     return answer
 
 def _soon(do, *args):
@@ -394,9 +394,9 @@ def _soon(do, *args):
     try: asyncio.get_running_loop().call_soon(do, *args)
     except RuntimeError: do(*args)
 
-def _shadow(service: Service, c: Choice, engine: Engine, request: Request, request_id: str, level: int, now: float):
-    "Make and log the list of a variant that is not shown."
-    begin = time.perf_counter()
+def _shadow(service: Service, c: Choice, engine: Engine, request: Request, request_id: str, level: int, now: float, before: float):
+    "Make and log the list of a variant that is not shown; `before`: seconds for the state, which it would have needed as well."
+    begin = time.perf_counter() - before
     try: answer = recommend(engine, request, f"{request_id}#shadow", level)
     except Exception: log.exception("the shadow '%s' failed", c.text); return
     answer.variant, answer.took_ms = f"shadow {c.text}", round((time.perf_counter() - begin) * 1e3, 3)
