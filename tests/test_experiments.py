@@ -19,7 +19,7 @@ from recsys.experiments.gate import clicked, explored, gate_of, gate_rows, would
 from recsys.experiments.off_policy import ESTIMATORS, Rows, arm_rates, best_strength, evaluate, gate, influence, overlap, rows_of, shrunk, standard_error
 from recsys.experiments.sample_ratio import ALARMS, deviation, sample_ratio, spent
 from recsys.experiments.sequential import Walk, always_valid_p, crossing, multiplier, needed, power, spending_bounds, units_for
-from recsys.experiments.units import LISTS, lists_of, maturity, unit_table
+from recsys.experiments.units import LISTS, exposed, lists_of, maturity, unit_table
 from recsys.operations.bench_experiments import aa_tests, asos_decisions, library_z, moments, open_bandit, power_tests, ratio_tests, thompson, unit_pool, z_of
 from recsys.ranking.rules import Exploration, Rules
 from recsys.serving.assignment import Experiment, Variant
@@ -377,18 +377,30 @@ def test_the_table_of_units_is_what_a_loop_finds(seed, crossing):
     moment, owner = T0 + timedelta(days=40), dict(links.select("visitor_id", "user_id").rows())
     t, seen = unit_table(experiment(), lists, events.lazy(), MINUTES, moment, links), {}
     for r in lists.rows(named=True): seen.setdefault(owner.get(r["visitor_id"], r["visitor_id"]), []).append(r)
-    kept = {u: rows for u, rows in seen.items() if len({r["variant"] for r in rows}) == 1}
-    assert t.crossed == len(seen) - len(kept) and t.units["unit"].to_list() == sorted(kept) and (t.units["mature"] == 1).all()
+    assert t.crossed == sum(len({r["variant"] for r in rows}) > 1 for rows in seen.values()) and t.units["unit"].to_list() == sorted(seen) and (t.units["mature"] == 1).all()
     for row in t.units.rows(named=True):
-        first, window = min(r["at"] for r in kept[row["unit"]]), timedelta(days=7)
+        first, window = min((r["at"], r["variant"]) for r in seen[row["unit"]]), timedelta(days=7)
+        assert (row["at"], row["variant"]) == first
+        first = first[0]
         mine = [e for e in events.rows(named=True) if owner.get(e["visitor_id"], e["visitor_id"]) == row["unit"]]
         bought = [e for e in mine if e["event_type"] == "purchase" and first <= e["ts"] <= first + window]
         prior = [e for e in mine if e["event_type"] == "purchase" and first - window <= e["ts"] < first]
         shown = {e["request_id"]: e["ts"] for e in mine if e["event_type"] == "impression"}
         clicks = sum(e["event_type"] == "click" and e["ts"] - shown[e["request_id"]] <= timedelta(minutes=30) for e in mine)
         assert (row["buyer"], row["revenue"], row["prior_buyer"], row["prior_revenue"]) == (bool(bought), sum(e["price"] for e in bought), bool(prior), sum(e["price"] for e in prior))
-        assert (row["impressions"], row["clicks"], row["lists"]) == (len(shown), clicks, len(kept[row["unit"]]))
-    assert t.looks[-1].sum() == len(kept) and (np.diff(t.looks, axis=0) >= 0).all()
+        assert (row["impressions"], row["clicks"], row["lists"]) == (len(shown), clicks, len(seen[row["unit"]]))
+    assert t.looks[-1].sum() == len(seen) and (np.diff(t.looks, axis=0) >= 0).all()
+
+@given(st.floats(.05, .5), st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_people_who_cross_do_not_move_the_sample_ratio(weight, seed):
+    rng, n = np.random.default_rng(seed), 3000
+    variant, when = np.where(rng.random((n, 2)) < weight, "new", "control"), rng.uniform(0, 14, (n, 2))
+    lists = pl.DataFrame([(f"r{k}-{d}", T0 + timedelta(days=when[k, d]), str(variant[k, d]), f"{k}-{d}", f"u{k}", ["a"], 5.0) for k in range(n) for d in range(2)], schema=LISTS, orient="row")
+    links = lists.select("visitor_id", "user_id", ts=pl.lit(T0, UTC), known=pl.lit(T0, UTC))
+    units, crossed = exposed(lists, links)
+    assert len(units) == n and abs((units["variant"] == "new").sum() - n * weight) < 5 * np.sqrt(n * weight * (1 - weight))
+    assert crossed == (variant[:, 0] != variant[:, 1]).sum()
 
 def test_nothing_after_the_moment_is_seen():
     lists, events, links = shop(60, 5)

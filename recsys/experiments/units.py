@@ -51,13 +51,13 @@ def lists_of(data_dir: str | Path, experiment: str, shadows: tuple[str, ...] = (
 class Exposed(NamedTuple):
     "Units with their first exposure."
     units: pl.DataFrame  # unit, variant, at
-    crossed: int         # persons who saw more than one variant, and are left out
+    crossed: int         # of them, those who saw another variant later
 
 def exposed(lists: pl.DataFrame, links: pl.DataFrame = NO_LINKS, moment: datetime | None = None) -> Exposed:
-    "First exposure of each person, as far as links were known before `moment`."
+    "First exposure of each person and its variant, as far as links were known before `moment`."
     moment = moment or datetime.max.replace(tzinfo=timezone.utc)
-    rows = person(lists.lazy(), links.lazy(), moment).group_by(unit="person").agg(pl.col("variant").n_unique().alias("variants"), pl.col("variant").first(), pl.col("at").min()).sort("unit").collect()
-    return Exposed(rows.filter(pl.col("variants") == 1).drop("variants"), int((rows["variants"] > 1).sum()))
+    rows = person(lists.lazy(), links.lazy(), moment).sort("at", "request_id").group_by(unit="person", maintain_order=True).agg(pl.col("variant").first(), pl.col("at").first(), variants=pl.col("variant").n_unique()).sort("unit").collect()
+    return Exposed(rows.drop("variants"), int((rows["variants"] > 1).sum()))
 
 # %% ../../nbs/8_experiments/05_units.ipynb #53b6eab4
 def maturity(ages: np.ndarray,    # days since each unit's exposure
