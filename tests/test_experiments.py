@@ -410,6 +410,16 @@ def test_nothing_after_the_moment_is_seen():
     assert whole.units.equals(cut.units) and (whole.looks == cut.looks).all()
     assert (whole.units.filter(pl.col("mature") == 0)["buyer"] == 0).all()
 
+@pytest.mark.parametrize("later", [0, 300, 5000])
+def test_the_plan_does_not_move_after_the_first_days(later):
+    rng, e = np.random.default_rng(later), experiment(ramp=((date(2026, 11, 2), .5), (date(2026, 11, 16), 1.0)))
+    when = [0.0, *rng.uniform(0, 7, 699), *rng.uniform(7, 40, later)]
+    lists = pl.DataFrame([(f"r{k}", T0 + timedelta(days=d), str(rng.choice(["control", "new"])), f"v{k}", None, ["a"], 5.0) for k, d in enumerate(when)], schema=LISTS, orient="row")
+    planned = [unit_table(e, lists, pl.DataFrame(schema=EVENT).lazy(), MINUTES, T0 + timedelta(days=d)).planned for d in (7, 7.5, 20, 28, 40)]
+    assert planned == pytest.approx([700 * 21 / 3.5] * 5)
+    t = unit_table(e, lists, pl.DataFrame(schema=EVENT).lazy(), MINUTES, T0 + timedelta(days=40))
+    assert sample_ratio(t.looks, [.5, .5], t.planned).sound and not sample_ratio(t.looks * [1, 2], [.5, .5], t.planned).sound # also with more units than planned
+
 def test_late_purchases_are_corrected_for():
     rng, errors = np.random.default_rng(0), []
     for _ in range(30):

@@ -49,7 +49,7 @@ def analyse(name: str,             # of the experiment
     e, ingested, x = experiment_of(settings, name), Path(ingested), settings.experiments
     moment, items = datetime.fromisoformat(read_json(ingested/"ingest.json")["moment"]), pl.read_parquet(ingested/"items.parquet", columns=["item_id", "category"])
     category = dict(items.drop_nulls("category").rows())
-    t = unit_table(e, lists_of(settings.data_dir, name, tuple(v.name for v in e.variant if v.shadow)), read_events(ingested/"events", None), outcome_minutes(settings.data.outcome_minutes), moment, pl.read_parquet(ingested/"links.parquet"), category)
+    t = unit_table(e, lists_of(settings.data_dir, name, tuple(v.name for v in e.variant if v.shadow)), read_events(ingested/"events", None), outcome_minutes(settings.data.outcome_minutes), moment, pl.read_parquet(ingested/"links.parquet"), category, x.least_days)
     d = decide(t.units, e, t.looks, t.days, t.planned, x.alpha, x.power, x.least_days, x.least_units, x.ratio_alarms)
     if t.crossed: d = msgspec.structs.replace(d, details=[*d.details, f"{t.crossed} persons saw more than one variant, on several devices, and count for the first"])
     if out: write_json(Path(out)/"decision.json", dict(name=name, moment=moment.isoformat(), units=len(t.units), crossed=t.crossed, **msgspec.to_builtins(d)))

@@ -98,10 +98,10 @@ class Table(NamedTuple):
     looks: np.ndarray     # int [days, variants]: units that had come by the end of each day
     days: float           # since the first exposure
     crossed: int
-    planned: float        # units at the end of the plan, at this pace
+    planned: float        # units at the end of the plan, by the pace of its first days
 
 def unit_table(e: Experiment, lists: pl.DataFrame, events: pl.LazyFrame, minutes: dict[str, int], moment: datetime, links: pl.DataFrame = NO_LINKS,
-               category: dict[str, str] | None = None) -> Table:
+               category: dict[str, str] | None = None, least_days: float = 7) -> Table:
     "Everything about an experiment that was known before `moment`."
     lists = lists.filter(pl.col("at") < utc(moment))
     units, crossed = exposed(lists, links, moment)
@@ -119,13 +119,26 @@ def unit_table(e: Experiment, lists: pl.DataFrame, events: pl.LazyFrame, minutes
         rows = rows.join(part, on="unit", how="left", maintain_order="left")
     rows = rows.with_columns(pl.exclude("unit", "variant", "at").fill_null(0))
     segment = pl.when(pl.col("prior_buyer") > 0).then(pl.lit("bought before")).otherwise(pl.lit("had not bought"))
-    return _table(e, rows.with_columns(segment=segment), moment, crossed)
+    return _table(e, rows.with_columns(segment=segment), moment, crossed, least_days)
 
 # %% ../../nbs/8_experiments/05_units.ipynb #9a5d773a
-def _table(e: Experiment, rows: pl.DataFrame, moment: datetime, crossed: int) -> Table:
+def _open_days(e: Experiment, begin: datetime, days: float) -> float:
+    "Of the `days` after `begin`, each as the share of units that the ramp lets in."
+    starts, end = [datetime(d.year, d.month, d.day, tzinfo=timezone.utc) for d, _ in e.ramp], begin + timedelta(days=days)
+    starts[0] = min(starts[0], begin)
+    return sum(s * max(0.0, (min(b, end) - max(a, begin)).total_seconds()) for (_, s), a, b in zip(e.ramp, starts, [*starts[1:], end])) / 86400
+
+def _planned(e: Experiment, at: pl.Series, days: float, least_days: float) -> float:
+    "Units at the end of the plan, by what came in the first `least_days`; by all, until these are over."
+    begin, first = at.min(), max(1e-9, min(days, least_days, e.days))
+    came, share = int((at < begin + timedelta(days=first)).sum()), _open_days(e, begin, first)
+    return max(1, came) * (_open_days(e, begin, e.days) / share if share else e.days / first)
+
+# %% ../../nbs/8_experiments/05_units.ipynb #82f2ac66
+def _table(e: Experiment, rows: pl.DataFrame, moment: datetime, crossed: int, least_days: float) -> Table:
     "With the looks day by day."
     begin = rows["at"].min()
     days = (utc(moment) - begin).total_seconds() / 86400
     ends = [begin + timedelta(days=k + 1) for k in range(max(1, int(days)))]
     looks = np.array([[int(((rows["variant"] == v.name) & (rows["at"] < end)).sum()) for v in e.variant] for end in ends])
-    return Table(rows, looks, days, crossed, max(len(rows), len(rows) * e.days / max(days, 1e-9)))
+    return Table(rows, looks, days, crossed, _planned(e, rows["at"], days, least_days))
