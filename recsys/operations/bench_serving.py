@@ -24,6 +24,7 @@ from ..core.settings import RecsysError, Settings
 from ..features.definitions import ITEM, NAMES, USER
 from ..features.point_in_time import PAIR, save_arrays
 from .bench import machine
+from .sizing import visitor_bytes, weight_of
 from ..ranking.ranker import save_ranker
 from ..ranking.rows import Cases, training_rows
 from ..serving.bundle import current_bundle, promote, write_bundle
@@ -150,9 +151,9 @@ def usual_app(bundles: str, per_source: int, budget: int):
     "The usual service over a folder of bundles."
     from fastapi import FastAPI
     from pydantic import BaseModel, Field
-    from recsys.ranking.rows import candidate_rows, work_for
+    from recsys.operations.usual import usual_rows
     b = current_bundle(bundles)
-    app, work, ids, none = FastAPI(), work_for(b.state, per_source, budget), b.items["item_id"].to_list(), np.zeros(0, np.int32)
+    app, ids, none = FastAPI(), b.items["item_id"].to_list(), np.zeros(0, np.int32)
     titles = b.items["title"].to_list()
 
     class Question(BaseModel):
@@ -173,10 +174,10 @@ def usual_app(bundles: str, per_source: int, budget: int):
     @app.post("/v1/recommend")
     async def recommend(q: Question) -> Reply:
         cart = np.array([b.item_codes[i] for i in dict.fromkeys(q.cart) if i in b.item_codes], np.int32)
-        found = candidate_rows(b.state, work, b.user_codes.get(q.user_id, -1), cart, none)
-        scores = b.ranker.predict(work.x[:found], num_threads=1)
+        found, x = usual_rows(b.state, b.user_codes.get(q.user_id, -1), cart, none, per_source, budget)
+        scores = b.ranker.predict(x, num_threads=1)
         best = np.argsort(-scores, kind="stable")[:q.n]
-        return Reply(items=[Place(item_id=ids[work.ids[r]], title=titles[work.ids[r]], score=float(scores[r]), rank=k) for k, r in enumerate(best, 1)])
+        return Reply(items=[Place(item_id=ids[found[r]], title=titles[found[r]], score=float(scores[r]), rank=k) for k, r in enumerate(best, 1)])
     return app
 
 # %% ../../nbs/9_operations/17_bench_serving.ipynb #30956406
@@ -223,16 +224,19 @@ def _private_mb(p) -> float:
     return max(sum(m.private_dirty for m in c.memory_maps()) for c in psutil.Process(p.pid).children(recursive=True)) / 2**20
 
 # %% ../../nbs/9_operations/17_bench_serving.ipynb #56a41295
-def engine_cost(bundles: Path, per_source: int, budget: int, n: int, m: int, count: int, seed: int) -> float:
-    "CPU µs of the engine for a list, rules on, no network."
+def engine_cost(bundles: Path, per_source: int, budget: int, n: int, m: int, count: int, seed: int) -> tuple[np.ndarray, dict]:
+    "CPU µs of the engine for each of `count` lists, rules on, no network; and what the tables weigh."
     b = current_bundle(bundles)
     engine = Engine(b.state, b.ranker, per_source, budget, b)
     cases = _asked(np.random.default_rng(seed), n, m, count)
     asked = [Request(user_id=f"user-{u}", cart=[f"item-{i}" for i in cases.cart[a:z]]) for u, a, z in zip(cases.user, cases.cart_ptr, cases.cart_ptr[1:])]
     for r in asked[:50]: recommend(engine, r, "warm-up")
-    begin = time.process_time()
-    for k, r in enumerate(asked): recommend(engine, r, f"r-{k}")
-    return (time.process_time() - begin) / count * 1e6
+    took = np.zeros(count + 1)
+    took[0] = time.thread_time()
+    for k, r in enumerate(asked, 1):
+        recommend(engine, r, f"r-{k}")
+        took[k] = time.thread_time()
+    return np.diff(took) * 1e6, weight_of(b)
 
 def _overlap(ours: int, usual: int, m: int, key: str) -> float:
     "Mean share of the usual service's first ten that are in ours, of users of whom no events are known yet and under no rule that would tell them apart."
@@ -259,7 +263,8 @@ def bench_serving(out: str | Path, settings: Settings, items: int = 100_000, use
         (folder/"keys.toml").write_text(entry); (folder/"keys.toml").chmod(0o600)
         task = dict(n=items, m=users, events=True, lines=64, seed=0, key=key)
         said = dict(name="serving", items=items, users=users, per_source=per_source, budget=budget, features=len(NAMES), simulated=True)
-        say("engine"); said["engine_cpu_us"] = engine_cost(bundles, per_source, budget, items, users, 3000, 1)
+        say("engine"); took, weight = engine_cost(bundles, per_source, budget, items, users, 3000, 1)
+        said |= dict(engine_cpu_us=float(took.mean()), engine_us=np.quantile(took, np.linspace(0, 1, 101)).round(1).tolist(), weight=weight, visitor_bytes=visitor_bytes())
         steady, ladder = 0, []
         for workers in (1, 2):
             with _ours(settings, bundles, folder, workers, per_source, budget) as (p, at):
