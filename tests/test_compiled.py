@@ -22,13 +22,13 @@ def test_it_is_done_once_and_again_when_the_mark_is_gone(tmp_path):
     mark.unlink()
     assert "compiling" in ask(bundle) and mark.exists()
 
-def test_a_bundle_that_cannot_be_opened_leaves_no_mark(tmp_path):
+def test_a_bundle_that_cannot_be_opened_leaves_no_mark_and_says_nothing(tmp_path, capfd):
     bundle = publish(tmp_path)
-    (bundle/"ranker.txt").write_text("nothing")
+    (bundle/"state"/"segment.npy").unlink()
     said = []
     (_kept()/f"compiled-{digest_of(bundle)}").unlink(missing_ok=True)
     for _ in range(2): compile_first(bundle, PER_SOURCE, BUDGET, said.append)
-    assert len(said) == 2
+    assert said == [] and capfd.readouterr().err == "" and not (_kept()/f"compiled-{digest_of(bundle)}").exists()
 
 @pytest.mark.bench
 def test_a_worker_compiles_nothing_afterwards(tmp_path):

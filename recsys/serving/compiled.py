@@ -6,7 +6,7 @@
 __all__ = ['kinds_of', 'digest_of', 'compile_first']
 
 # %% ../../nbs/5_serving/20_compiled.ipynb #8db2f4db
-import multiprocessing
+import multiprocessing, os
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -15,7 +15,9 @@ import numpy as np
 
 import recsys
 from ..core.files import code_digest, digest
-from .service import open_engine
+from .bundle import open_bundle
+from .engine import Engine
+from .service import warm_up
 
 # %% ../../nbs/5_serving/20_compiled.ipynb #9154eb38
 def kinds_of(bundle: Path) -> str:
@@ -32,17 +34,25 @@ def digest_of(bundle: Path) -> str:
 def _kept() -> Path:
     return Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else Path(recsys.__file__).parent/"__pycache__"
 
-def _compile(bundle: str, per_source: int, budget: int):
-    open_engine(bundle, per_source, budget)
+def _compile(bundle: str, per_source: int, budget: int, opened):
+    try:
+        b = open_bundle(bundle)
+        opened.send(True)
+        warm_up(Engine(b.state, b.ranker, per_source, budget, b))
+    except Exception: os._exit(1)
 
 def compile_first(bundle: str | Path, per_source: int, budget: int, say=lambda note: None):
     "Have the engine of `bundle` compiled by a process of its own, unless that was done; `say` is called if there is something to do."
     bundle = Path(bundle).resolve()
     mark = _kept()/f"compiled-{digest_of(bundle)}"
     if mark.exists(): return
-    say("compiling, once for this version of the code: about a minute")
-    child = multiprocessing.get_context("spawn").Process(target=_compile, args=(str(bundle), per_source, budget), daemon=True)
-    child.start(); child.join()
+    context = multiprocessing.get_context("spawn")
+    opened, tell = context.Pipe(False)
+    child = context.Process(target=_compile, args=(str(bundle), per_source, budget, tell), daemon=True)
+    child.start(); tell.close()
+    try: opened.recv(); say("compiling, once for this version of the code: about a minute")
+    except EOFError: pass
+    child.join(); opened.close()
     if child.exitcode: return
     try: mark.parent.mkdir(exist_ok=True); mark.touch()
     except OSError: pass # read-only: it will be asked again
