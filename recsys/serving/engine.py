@@ -98,7 +98,7 @@ structref.define_proxy(Handle, HandleType, ["state", "policy", "work", "scorer",
 
 @njit(cache=True)
 def handle_of(state, policy, work, scorer, scores, places, clock, told):
-    "A handle. The class makes one as well, but would be compiled anew in every process: seconds, and a hundred megabytes."
+    "A handle. The class makes one as well, but is compiled anew in every process, which takes seconds."
     return Handle(state, policy, work, scorer, scores, places, clock, told)
 
 @njit(cache=True, nogil=True)
