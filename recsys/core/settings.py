@@ -193,6 +193,7 @@ class Trials(Section):
     least_days: Positive
     least_units: Annotated[int, Meta(ge=2)]
     ratio_alarms: Annotated[float, Meta(gt=0, le=0.05)]
+    bandit_floor: Annotated[float, Meta(gt=0, le=0.05)]
 
 class Bench(Section):
     peer_cpu_seconds: Positive

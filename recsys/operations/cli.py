@@ -169,10 +169,19 @@ def _experiment_analyse(a):
     from recsys.experiments.run import experiment_of
     from recsys.operations.runner import run_job
     s = load_settings()
-    experiment_of(s, a.name) # a wrong name is told before anything is run
-    page = run_job("experiment", dict(name=a.name), s)
+    job = dict(split="experiment", interleave="interleaving", bandit="bandit")[experiment_of(s, a.name).method] # a wrong name is told before anything is run
+    page = run_job(job, dict(name=a.name), s)
     print(f"{read_json(page.parent/'out'/'decision.json')['sentence']}\nLook at {page}")
     return 0
+
+def _experiment_shares(a):
+    from recsys.core.settings import load_settings
+    from recsys.experiments.shares import reshare, reshare_all
+    s = load_settings()
+    found = [reshare(a.name, _ingested(s), s)] if a.name else reshare_all(_ingested(s), s)
+    for d in found: print(f"{d.name}: {d.sentence}")
+    if not found: print("no bandit is on that anybody has met")
+    return 0 if all(d.moved for d in found) else 4
 
 def _experiment_gate(a):
     from datetime import datetime
@@ -476,6 +485,7 @@ def parser() -> argparse.ArgumentParser:
     c = experiment.add_parser("list", help="what is in the experiment file", description="what is in the experiment file"); c.set_defaults(do=_experiment_list)
     c = experiment.add_parser("check", help="is a file right?", description="is a file right?"); c.set_defaults(do=_experiment_check); c.add_argument("file", metavar="FILE")
     c = experiment.add_parser("analyse", help="decide, and write the page", description="decide, and write the page"); c.set_defaults(do=_experiment_analyse); c.add_argument("name", metavar="NAME")
+    c = experiment.add_parser("shares", help="renew the shares of bandits by what is known", description="renew the shares of bandits by what is known; workers follow within a second"); c.set_defaults(do=_experiment_shares); c.add_argument("name", metavar="NAME", nargs="?", help="(default: all)")
     c = experiment.add_parser("gate", help="may a version be shown to some? from what was explored", description="may a version be shown to some? from what was explored; exit code 0 only if it may"); c.set_defaults(do=_experiment_gate)
     c.add_argument("version", metavar="VERSION"); c.add_argument("--days", type=float, default=28, help="of the log"); c.add_argument("--margin", type=float, default=.05, help="relative loss of clicks that is accepted")
     bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")

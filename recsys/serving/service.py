@@ -23,7 +23,7 @@ from ..data.log import EventLog, compact_log, prune_log
 from ..data.shown import prune_shown
 from ..features.definitions import NAMES as FEATURES
 from ..ranking.rules import Filter
-from .assignment import Choice, assign
+from .assignment import Choice, TOGETHER, assign
 from .bundle import Bundle, night_of, open_bundle, verify_bundle, versions
 from .engine import Answer, Engine, Impression, Request, contributions_of, rank, recommend, similar
 from .freshness import DEMAND, Counters, demand, joined, rising
@@ -35,7 +35,7 @@ from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
 from .state import LocalStore, open_state
 from .visitor import seconds
-from .variants import Knobs, Variants, engine_for, follow, shadows, text_of
+from .variants import Knobs, Variants, drafted, engine_for, follow, partner, shadows, shares_file, text_of
 
 log = logging.getLogger("recsys.serving")
 
@@ -113,14 +113,17 @@ class Served(Struct, omit_defaults=True):
     took_ms: float = 0.0
     kind: str = "recommend"    # or rank, similar
     candidates: list[str] = [] # of rank: what was to be put in order
+    teams: list[int] = []      # of an interleaved list: whose pick each item is, 0 the control's, 1 the other's
+    chances: dict[str, float] = {} # of bandits: how likely the variant was for a unit that takes part
 
-def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float, exposed=(), kind: str = "recommend", candidates: list[str] = []) -> bytes:
+def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float, exposed=(), kind: str = "recommend", candidates: list[str] = [],
+                  teams: list[int] = [], chances: dict[str, float] = {}) -> bytes:
     "The line for the log; `rows` of the engine's memory whose features are kept, or None."
     items = [(s.item_id, s.score, s.propensity, s.source) for s in answer.items]
     nobody = {} if request.consent else dict(user_id=None, visitor_id=None, session_id=None) # who did not consent is not remembered here either
     slim = msgspec.structs.replace(request, impressions=[], **nobody)
     return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, slim.visitor_id, slim.user_id, items,
-                                      [] if rows is None else engine.work.x[rows].tolist(), list(exposed), answer.took_ms, kind, candidates))
+                                      [] if rows is None else engine.work.x[rows].tolist(), list(exposed), answer.took_ms, kind, candidates, teams, chances))
 
 # %% ../../nbs/5_serving/16_service.ipynb #a96c4d0c
 class Service:
@@ -130,7 +133,7 @@ class Service:
         self.settings, self.bundles, self.per_source, self.budget = settings, Path(bundles), c.per_source, c.budget
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours, settings.log.backlog_mb)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
-        self.variants = Variants(settings.resolve(settings.experiments.file) if settings.experiments.file else None)
+        self.variants = Variants(settings.resolve(settings.experiments.file) if settings.experiments.file else None, shares_file(settings.data_dir))
         self.engine, self.before, self.failed, self.live, self.version = None, None, (None, 0.0), {}, 0
         self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
@@ -361,21 +364,23 @@ def start(service: Service):
 def ask(service: Service, request: Request, request_id: str) -> Answer:
     "The answer to `POST /v1/recommend`."
     engine, begin, now, blind = service.ready(), time.perf_counter(), time.time(), False
-    running, chosen = service.variants.now, []
+    running, chosen, second, teams = service.variants.now, [], None, []
     level = service.pressure.level(request.timeout_ms)
     if request.consent and (request.visitor_id or request.user_id):
         state = service.store.read(request.visitor_id, request.user_id, request.session_id, now)
         if running.book.experiments:
             user = request.user_id or state.user_id
             chosen = assign(running.book, request.visitor_id, user, request.placement, "known" if user in engine.bundle.user_codes else "new", now)
-            engine = engine_for(running.engines, chosen, engine)
-        request, blind = completed(request, state, now, engine.rules.fatigue is not None), state.degraded
+            engine, second = engine_for(running.engines, chosen, engine), partner(running.engines, chosen, engine)
+        asked = [engine, *([second] if second else []), *(e for _, e in shadows(running.engines, chosen))]
+        request, blind = completed(request, state, now, any(e.rules.fatigue for e in asked)), state.degraded
     known = time.perf_counter()
     try: answer = recommend(engine, request, request_id, level)
     except Exception:
         log.exception("request %s failed and got the shop's list", request_id)
         level = 4
         answer = recommend(engine, request, request_id, level)
+    if second: answer, teams = _together(second, request, request_id, level, answer)
     took = (time.perf_counter() - begin) * 1e3
     answer.variant = text_of(chosen)
     answer.degraded, answer.took_ms = answer.degraded or blind, round(took, 3)
@@ -383,11 +388,17 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
     if not request.explain: service.pressure.took(level, took)
     listed(service.meter, answer.fallback_level, answer.degraded, answer.took_ms, answer.stage_ms)
     service.count += 1
-    sampled = engine.last if service.count % service.settings.serving.features_one_in == 0 else None
+    sampled = engine.last if not teams and service.count % service.settings.serving.features_one_in == 0 else None
+    chances = {c.text: c.chance for c in chosen if c.experiment.method == "bandit"}
     exposed = [c.text for c in chosen if service.variants.exposures.first(c, request.visitor_id, request.user_id)]
-    service.log.served(served_record(engine, request, answer, level, sampled, now, exposed))
+    service.log.served(served_record(engine, request, answer, level, sampled, now, exposed, teams=teams, chances=chances))
     for c, dark in shadows(running.engines, chosen): _soon(_shadow, service, c, dark, request, request_id, level, now, known - begin)
     return answer
+
+def _together(second: Engine, request: Request, request_id: str, level: int, answer: Answer) -> tuple[Answer, list[int]]:
+    "`answer` with the list of a `second` engine drafted into it, and whose pick each item is; `answer` alone, which counts for nobody, if that fails."
+    try: return drafted(answer, recommend(second, request, request_id, level), request.n)
+    except Exception: log.exception("the second list of %s failed", request_id); return answer, []
 
 def _soon(do, *args):
     "After what is under way, if there is a loop to do it in."
@@ -413,6 +424,7 @@ def _engine_of(service: Service, variant: str, version: str) -> Engine | None:
 async def ask_why(service: Service, request: Request, request_id: str) -> Answer:
     "The answer to a question with `explain`."
     answer = ask(service, msgspec.structs.replace(request, explain=False), request_id)
+    if TOGETHER in answer.variant: return answer # two engines made it, each for the items that it picked
     return await _with_contributions(service, _engine_of(service, answer.variant, answer.model_version) or service.engine, answer)
 
 async def _with_contributions(service: Service, engine: Engine, answer: Answer) -> Answer:
@@ -505,6 +517,7 @@ def explain(service: Service, request_id: str) -> tuple[Engine, Request, int, li
     "What has to be asked again for the list with an id: (engine, request, level), and which items were given; else `Refused`."
     found = _record(service, request_id)
     if found is None or found.kind != "recommend": raise Refused(404, "not_found", "no list with this id was given lately" if found is None else f"this is a list of {found.kind}, which cannot be asked again")
+    if found.teams: raise Refused(404, "not_found", "this list was drafted from those of two variants, which cannot be asked again")
     engine = _engine_of(service, found.variant, found.model_version)
     if engine is None: raise Refused(404, "not_found", f"the list was made by version {found.model_version}, which is no longer loaded")
     return engine, found.request, found.asked, [i for i, *_ in found.items]
