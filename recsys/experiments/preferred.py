@@ -43,7 +43,7 @@ def picks_of(data_dir: str | Path, experiment: str) -> pl.DataFrame: # columns o
     found, decode = [], msgspec.json.Decoder(_Line).decode
     for record in served_records(data_dir):
         line = decode(record)
-        if not line.teams or not line.visitor_id or f"{experiment}:" not in line.variant: continue
+        if not line.teams or not (line.visitor_id or line.user_id): continue
         if not any(v.partition(":")[0] == experiment for v in line.variant.split(",")): continue
         at = datetime.fromtimestamp(line.at, timezone.utc)
         found += [(line.request_id, at, line.visitor_id, line.user_id, i[0], t) for i, t in zip(line.items, line.teams)]
@@ -107,5 +107,5 @@ def prefer(name: str,             # of the experiment
     days = (utc(moment) - lists["at"].min()).total_seconds() / 86400
     first = lists.group_by("unit").agg(pl.col("at").min())["at"]
     d = preferred(e, lists, days, planned_units(e, first, days, x.least_days), x.alpha, x.least_days, x.least_units)
-    if out: write_json(Path(out)/"decision.json", dict(name=name, moment=moment.isoformat(), **msgspec.to_builtins(d)))
+    if out: write_json(Path(out)/"decision.json", dict(name=name, moment=moment.isoformat(), **msgspec.to_builtins(d) | dict(preference=d.preference._asdict())))
     return d

@@ -71,7 +71,7 @@ def arms_of(e: Experiment,
         p = r["chance"].to_numpy()
         m, se = _rate(r["success"].to_numpy(), r["trial"].to_numpy() / p)
         off = ((1 / p).sum() - len(units)) / np.sqrt(max(1e-9, ((1 - p) / p ** 2).sum())) if len(r) else 0.0
-        out.append(Arm(v.name, len(r), t, s, m, max(0, m - 1.96 * se), min(1, m + 1.96 * se), float(o), float(share), float(off)))
+        out.append(Arm(v.name, len(r), float(t), float(s), m, max(0, m - 1.96 * se), min(1, m + 1.96 * se), float(o), float(share), float(off)))
     return out
 
 # %% ../../nbs/8_experiments/10_shares.ipynb #77bff1c1

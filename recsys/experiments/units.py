@@ -42,7 +42,7 @@ def lists_of(data_dir: str | Path, experiment: str, shadows: tuple[str, ...] = (
         line = decode(record)
         if line.variant.startswith(f"shadow {experiment}:"): dark[line.request_id.removesuffix("#shadow")] = line; continue
         name = next((v.partition(":")[2] for v in line.variant.split(",") if v.partition(":")[0] == experiment), None)
-        if name is not None and line.visitor_id: found.append((line.request_id, datetime.fromtimestamp(line.at, timezone.utc), name, line.visitor_id, line.user_id, line))
+        if name is not None and (line.visitor_id or line.user_id): found.append((line.request_id, datetime.fromtimestamp(line.at, timezone.utc), name, line.visitor_id, line.user_id, line))
     made = lambda name, line: dark.get(line.request_id, None if name in shadows else line)
     found = [(*row, [i[0] for i in m.items] if m else None, m.took_ms if m else None) for *row, line in found for m in [made(row[2], line)]]
     return pl.DataFrame(found, schema=LISTS, orient="row")
