@@ -19,7 +19,7 @@ from recsys.experiments.units import lists_of
 from recsys.ranking.rules import read_rules
 from recsys.serving.assignment import Experiment, book_of, read_experiments, team_draft, unit_hashes, variants_of
 from recsys.serving.bundle import open_bundle, promote
-from recsys.serving.engine import Engine, Request, recommend
+from recsys.serving.engine import Engine, Request, rank, recommend
 from recsys.serving.service import Service, ask as ask_service, start
 from recsys.serving.variants import follow, read_shares, shares_file
 from shop import ROOT, recsys, settings_text
@@ -88,6 +88,19 @@ def test_a_drafted_list_is_what_captains_draft_from_both_engines(server):
         line = next(r for r in log_of(server.folder) if r["request_id"] == got["request_id"])
         assert line["teams"] == [p.team for p in picks]
     assert 10 < seen < 30
+
+def test_an_order_of_given_items_follows_the_experiments_too(server):
+    engines = [Engine(b.state, b.ranker, PER_SOURCE, BUDGET, b) for b in (open_bundle(server.folder/"bundles"/v) for v in ("v1", "v2"))]
+    given, kinds = [f"i{k}" for k in range(1, 9)], set()
+    for k in range(40):
+        status, _, got = ask(server.port, path="/v1/rank", body=dict(visitor_id=f"o{k}", user_id=f"u{k % 20}", candidates=given))
+        same = ask(server.port, body=dict(visitor_id=f"o{k}", user_id=f"u{k % 20}"))[2]
+        assert status == 200 and got["variant"] == same["variant"]
+        kinds.add(got["variant"])
+        if got["variant"] != "drafts:interleaved": continue
+        picks = team_draft(*([s.item_id for s in rank(e, Request(visitor_id=f"o{k}", user_id=f"u{k % 20}"), given, "r").items] for e in engines), 500, got["request_id"])
+        assert [i["item_id"] for i in got["items"]] == [p.item for p in picks]
+    assert kinds >= {"drafts:interleaved", "moving:narrow"}
 
 def test_a_drafted_list_cannot_be_asked_again(server):
     got = next(g for k in range(50) if (g := ask(server.port, body=dict(visitor_id=f"w{k}", explain=True))[2])["variant"] == "drafts:interleaved")

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'LOOKED_AT', 'USUAL', 'RECENT', 'LOOK_BACK', 'warm_up', 'open_engine', 'Pressure', 'completed', 'Served',
-           'served_record', 'Service', 'load', 'promoted', 'wanted', 'refresh', 'keep_up', 'start', 'ask', 'ask_why',
-           'explain_later', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item', 'forget', 'explain']
+           'served_record', 'Service', 'load', 'promoted', 'wanted', 'refresh', 'keep_up', 'start', 'Tried', 'ask',
+           'ask_why', 'explain_later', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item', 'forget', 'explain']
 
 # %% ../../nbs/5_serving/16_service.ipynb #677d06c8
 import asyncio, logging, os, threading, time
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -361,26 +362,42 @@ def start(service: Service):
     threading.Thread(target=keep_up, args=(service,), daemon=True).start()
 
 # %% ../../nbs/5_serving/16_service.ipynb #3754e763
+class Tried(NamedTuple):
+    "What experiments make of a request."
+    chosen: list[Choice]
+    engine: Engine                      # of the list
+    second: Engine | None = None        # of the list that is drafted into it
+    dark: list[tuple[Choice, Engine]] = [] # shadows
+
+def _tried(service: Service, request: Request, state, now: float) -> Tried:
+    "The choices for whoever is asking, and the engines that they name."
+    running, engine, user = service.variants.now, service.engine, request.user_id or state.user_id
+    if not running.book.experiments: return Tried([], engine)
+    chosen = assign(running.book, request.visitor_id, user, request.placement, "known" if user in engine.bundle.user_codes else "new", now)
+    return Tried(chosen, engine_for(running.engines, chosen, engine), partner(running.engines, chosen, engine), shadows(running.engines, chosen))
+
+def _noted(service: Service, request: Request, chosen: list[Choice]) -> dict:
+    "What the log says of them: who is exposed for the first time, and how likely a bandit's choice was."
+    return dict(exposed=[c.text for c in chosen if service.variants.exposures.first(c, request.visitor_id, request.user_id)], chances={c.text: c.chance for c in chosen if c.experiment.method == "bandit"})
+
+# %% ../../nbs/5_serving/16_service.ipynb #2d749fdc
 def ask(service: Service, request: Request, request_id: str) -> Answer:
     "The answer to `POST /v1/recommend`."
     engine, begin, now, blind = service.ready(), time.perf_counter(), time.time(), False
-    running, chosen, second, teams = service.variants.now, [], None, []
+    chosen, second, dark, teams = [], None, [], []
     level = service.pressure.level(request.timeout_ms)
     if request.consent and (request.visitor_id or request.user_id):
         state = service.store.read(request.visitor_id, request.user_id, request.session_id, now)
-        if running.book.experiments:
-            user = request.user_id or state.user_id
-            chosen = assign(running.book, request.visitor_id, user, request.placement, "known" if user in engine.bundle.user_codes else "new", now)
-            engine, second = engine_for(running.engines, chosen, engine), partner(running.engines, chosen, engine)
-        asked = [engine, *([second] if second else []), *(e for _, e in shadows(running.engines, chosen))]
-        request, blind = completed(request, state, now, any(e.rules.fatigue for e in asked)), state.degraded
+        chosen, engine, second, dark = _tried(service, request, state, now)
+        fatigue = engine.rules.fatigue or second and second.rules.fatigue or any(e.rules.fatigue for _, e in dark)
+        request, blind = completed(request, state, now, fatigue), state.degraded
     known = time.perf_counter()
     try: answer = recommend(engine, request, request_id, level)
     except Exception:
         log.exception("request %s failed and got the shop's list", request_id)
         level = 4
         answer = recommend(engine, request, request_id, level)
-    if second: answer, teams = _together(second, request, request_id, level, answer)
+    if second: answer, teams = _together(answer, request.n, lambda: recommend(second, request, request_id, level))
     took = (time.perf_counter() - begin) * 1e3
     answer.variant = text_of(chosen)
     answer.degraded, answer.took_ms = answer.degraded or blind, round(took, 3)
@@ -389,16 +406,14 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
     listed(service.meter, answer.fallback_level, answer.degraded, answer.took_ms, answer.stage_ms)
     service.count += 1
     sampled = engine.last if not teams and service.count % service.settings.serving.features_one_in == 0 else None
-    chances = {c.text: c.chance for c in chosen if c.experiment.method == "bandit"}
-    exposed = [c.text for c in chosen if service.variants.exposures.first(c, request.visitor_id, request.user_id)]
-    service.log.served(served_record(engine, request, answer, level, sampled, now, exposed, teams=teams, chances=chances))
-    for c, dark in shadows(running.engines, chosen): _soon(_shadow, service, c, dark, request, request_id, level, now, known - begin)
+    service.log.served(served_record(engine, request, answer, level, sampled, now, teams=teams, **_noted(service, request, chosen)))
+    for c, other in dark: _soon(_shadow, service, c, other, request, request_id, level, now, known - begin)
     return answer
 
-def _together(second: Engine, request: Request, request_id: str, level: int, answer: Answer) -> tuple[Answer, list[int]]:
-    "`answer` with the list of a `second` engine drafted into it, and whose pick each item is; `answer` alone, which counts for nobody, if that fails."
-    try: return drafted(answer, recommend(second, request, request_id, level), request.n)
-    except Exception: log.exception("the second list of %s failed", request_id); return answer, []
+def _together(answer: Answer, n: int, second) -> tuple[Answer, list[int]]:
+    "`answer` with what `second()` gives drafted into it, and whose pick each item is; `answer` alone, which counts for nobody, if that fails."
+    try: return drafted(answer, second(), n)
+    except Exception: log.exception("the second list of %s failed", answer.request_id); return answer, []
 
 def _soon(do, *args):
     "After what is under way, if there is a loop to do it in."
@@ -449,9 +464,15 @@ def ask_rank(service: Service, request, request_id: str) -> Answer:
     service.pressure.level(request.timeout_ms)
     known, candidates = request.consent and (request.visitor_id or request.user_id), request.candidates
     request = Request(**{f: getattr(request, f) for f in Request.__struct_fields__})
-    if known: request = completed(request, service.store.read(request.visitor_id, request.user_id, request.session_id, now), now, False)
+    chosen, second, teams = [], None, []
+    if known:
+        state = service.store.read(request.visitor_id, request.user_id, request.session_id, now)
+        chosen, engine, second, _ = _tried(service, request, state, now)
+        request = completed(request, state, now, False)
     answer = rank(engine, request, candidates, request_id)
-    service.log.served(served_record(engine, request, answer, 0, None, now, (), "rank", candidates))
+    if second: answer, teams = _together(answer, request.n, lambda: rank(second, request, candidates, request_id))
+    answer.variant = text_of(chosen)
+    service.log.served(served_record(engine, request, answer, 0, None, now, kind="rank", candidates=candidates, teams=teams, **_noted(service, request, chosen)))
     return answer
 
 def ask_similar(service: Service, question, request_id: str) -> Answer:
