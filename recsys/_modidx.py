@@ -620,6 +620,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'recsys.core.files.digest': ('0_core/files.html#digest', 'recsys/core/files.py'),
                                    'recsys.core.files.file_digest': ('0_core/files.html#file_digest', 'recsys/core/files.py'),
                                    'recsys.core.files.full_disk_is_clear': ('0_core/files.html#full_disk_is_clear', 'recsys/core/files.py'),
+                                   'recsys.core.files.journal': ('0_core/files.html#journal', 'recsys/core/files.py'),
+                                   'recsys.core.files.read_journal': ('0_core/files.html#read_journal', 'recsys/core/files.py'),
                                    'recsys.core.files.read_json': ('0_core/files.html#read_json', 'recsys/core/files.py'),
                                    'recsys.core.files.sweep': ('0_core/files.html#sweep', 'recsys/core/files.py'),
                                    'recsys.core.files.write_json': ('0_core/files.html#write_json', 'recsys/core/files.py')},

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['full_disk_is_clear', 'atomic_file', 'atomic_dir', 'sweep', 'write_json', 'read_json', 'digest', 'file_digest',
-           'code_files', 'code_digest']
+           'read_journal', 'journal', 'code_files', 'code_digest']
 
 # %% ../../nbs/0_core/02_files.ipynb #4fcd300b
-import ast, errno, hashlib, json, os, shutil, tempfile
+import ast, errno, fcntl, hashlib, json, os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,6 +99,28 @@ def file_digest(path: str | Path) -> str:
         with p.open("rb") as f:
             while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()[:16]
+
+# %% ../../nbs/0_core/02_files.ipynb #0e0c36fa
+def read_journal(path: str | Path) -> list[bytes]:
+    "The whole lines of a journal, oldest first; none if there is no such file."
+    try: data = Path(path).read_bytes()
+    except FileNotFoundError: return []
+    return data[:data.rfind(b"\n") + 1].splitlines()
+
+@contextmanager
+def journal(path: str | Path):
+    "Hold a journal: gives its lines, and a function that adds one, which is on the disk when the function returns."
+    path = Path(path)
+    with full_disk_is_clear(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            lines = read_journal(path)
+            f.truncate(sum(len(l) + 1 for l in lines))
+            def add(line: bytes):
+                assert b"\n" not in line, "a record is one line"
+                f.write(line + b"\n"); f.flush(); os.fsync(f.fileno()); lines.append(line)
+            yield lines, add
 
 # %% ../../nbs/0_core/02_files.ipynb #77fe0cae
 def _imports(source: str, module: tuple[str, ...] = ()) -> set[str]:
