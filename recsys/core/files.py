@@ -105,7 +105,7 @@ def read_journal(path: str | Path) -> list[bytes]:
     "The whole lines of a journal, oldest first; none if there is no such file."
     try: data = Path(path).read_bytes()
     except FileNotFoundError: return []
-    return data[:data.rfind(b"\n") + 1].splitlines()
+    return data[:data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
 @contextmanager
 def journal(path: str | Path):

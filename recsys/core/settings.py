@@ -203,6 +203,7 @@ class Decisions(Section):
     persist_days: Positive
     clear_days: Positive
     cooldown_days: Annotated[int, Meta(ge=0)]
+    learned_days: Annotated[int, Meta(ge=0)]
     retrains_per_week: Annotated[int, Meta(ge=0)]
     fall_backs_per_week: Positive
     fallback_level: Annotated[int, Meta(ge=1, le=4)]
