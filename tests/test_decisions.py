@@ -18,7 +18,10 @@ day_of = lambda d: date.fromisoformat(d.day[:10])
 findings = st.builds(Finding, st.sampled_from(KINDS), st.sampled_from(["a", "b"]), st.sampled_from(SEVERITIES), st.sampled_from([.1, .25, -3.]), st.just(.1), st.just("2026-01-01"),
                      since=st.sampled_from(["", "2025-12-20", "2026-01-05T10:00:00Z"]), word=st.sampled_from([""] * 6 + ["approved", "vetoed", "false"]))
 # days apart (0: once more on the same day), and what was found then
-streams = st.lists(st.tuples(st.sampled_from([1, 1, 1, 1, 0, 2, 5]), st.lists(findings, max_size=4)), min_size=1, max_size=40)
+mixed = st.lists(st.tuples(st.sampled_from([1, 1, 1, 1, 0, 2, 5]), st.lists(findings, max_size=4)), min_size=1, max_size=40)
+# few different days over and over, which is what makes a policy flap
+cycles = st.builds(lambda days, times: [(1, found) for found in days * times], st.lists(st.lists(findings, max_size=2), min_size=1, max_size=4), st.integers(5, 10))
+streams = st.one_of(mixed, cycles, cycles)
 policies = st.one_of(st.just(USUAL), st.builds(Policy, st.fixed_dictionaries({k: st.sampled_from(ACTIONS) for k in KINDS}), st.fixed_dictionaries({k: st.sampled_from(ACTIONS) for k in KINDS}),
     st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(0, 10), st.integers(0, 3), st.integers(1, 3), st.integers(1, 4)))
 
