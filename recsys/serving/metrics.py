@@ -45,6 +45,7 @@ def metrics_for(routes: tuple[str, ...]) -> list[Metric]:
             Metric("recsys_stage_seconds", "histogram", "Time of a list, and of the stages it went through.", dict(stage=STAGES), BOUNDS),
             Metric("recsys_answers_total", "counter", "Lists by fallback level; 0: everything took part.", dict(level=LEVELS)),
             Metric("recsys_degraded_total", "counter", "Lists that some part did not take part in."),
+            Metric("recsys_fallback_workers", "gauge", "Workers that were told to answer at a fallback level.", dict(level=LEVELS[1:])),
             Metric("recsys_events_total", "counter", "Events posted, by what became of them.", dict(outcome=OUTCOMES)),
             Metric("recsys_in_flight", "gauge", "Requests being answered."),
             Metric("recsys_log_total", "counter", "Events that came more than an hour late or after a later one; lists that were kept, and that were not.", dict(what=LOGGED)),
@@ -97,12 +98,17 @@ class Meter:
         self.levels, self.degraded, self.outcomes, self.in_flight, self.logged, self.queue, self.queue_bytes = (first[f"recsys_{n}"] for n in ("answers_total", "degraded_total", "events_total", "in_flight", "log_total", "log_queue", "log_queue_bytes"))
         self.v[self.in_flight] = self.v[self.queue] = self.v[self.queue_bytes] = 0
         self.counted = dict.fromkeys(LOGGED, 0) # what is in `logged` of this process
-        self.version("")
+        self.told = first["recsys_fallback_workers"]
+        self.version(""); self.fallback(0)
 
     def version(self, name: str):
         "Say which bundle is served; a reader in between sees none."
         text = name.encode()[:NAME_BYTES]
         self.v[0] = 0; self.map[8:8 + len(text)] = text; self.v[0] = len(text)
+
+    def fallback(self, level: int):
+        "Say at which level this worker was told to answer; 0: in full."
+        for k in range(1, len(LEVELS)): self.v[self.told + k - 1] = float(k == level)
 
     def close(self):
         "Leave the file to another worker."

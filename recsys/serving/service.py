@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'LOOKED_AT', 'USUAL', 'RECENT', 'LOOK_BACK', 'warm_up', 'open_engine', 'Pressure', 'completed', 'Served',
-           'served_record', 'Service', 'load', 'promoted', 'wanted', 'refresh', 'keep_up', 'start', 'Tried', 'ask',
-           'ask_why', 'explain_later', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item', 'forget', 'explain']
+           'served_record', 'Service', 'load', 'promoted', 'wanted', 'refresh', 'keep_up', 'obey', 'start', 'Tried',
+           'ask', 'ask_why', 'explain_later', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item', 'forget',
+           'explain']
 
 # %% ../../nbs/5_serving/16_service.ipynb #677d06c8
 import asyncio, logging, os, threading, time
@@ -27,6 +28,7 @@ from ..ranking.rules import Filter
 from .assignment import Choice, TOGETHER, assign
 from .bundle import Bundle, night_of, open_bundle, verify_bundle, versions
 from .engine import Answer, Engine, Impression, Request, contributions_of, rank, recommend, similar
+from .fallback import Switch
 from .freshness import DEMAND, Counters, demand, joined, rising
 from .intraday import day_folder, day_of_night, wake
 from .live_items import for_sale, newer, said, stamped
@@ -135,6 +137,7 @@ class Service:
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours, settings.log.backlog_mb)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
         self.variants = Variants(settings.resolve(settings.experiments.file) if settings.experiments.file else None, shares_file(settings.data_dir))
+        self.switch = Switch(settings.data_dir)
         self.engine, self.before, self.failed, self.live, self.version = None, None, (None, 0.0), {}, 0
         self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
@@ -320,6 +323,11 @@ def keep_up(service: Service, beat: float = .25):
             if beats % tidy == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
         except Exception as e: log.warning("could not keep up: %s", e)
 
+def obey(service: Service, beat: float = .25):
+    "Until the service is closed: look at the switch, whatever else is being done."
+    while not service.stopped.wait(beat):
+        if service.switch.look(): service.meter.fallback(service.switch.level)
+
 def _tidy(service: Service):
     "Roll the log into files, put those of past days together, let go what is too old; forget visitors that were not seen for long."
     data, how, today = service.settings.data_dir, service.settings.log, datetime.now(timezone.utc).date()
@@ -355,11 +363,12 @@ def start(service: Service):
         except RecsysError as e: log.warning("the state begins without the newest events: %s", e); break
     try: _items(service)
     except RecsysError as e: log.warning("live items are not known yet: %s", e)
+    if service.switch.look(): service.meter.fallback(service.switch.level)
     _first(service)
     _follow(service)
     _tail(service); refresh(service, service.engine)
     _follow_all(service)
-    threading.Thread(target=keep_up, args=(service,), daemon=True).start()
+    for do in (keep_up, obey): threading.Thread(target=do, args=(service,), daemon=True).start()
 
 # %% ../../nbs/5_serving/16_service.ipynb #3754e763
 class Tried(NamedTuple):
@@ -385,7 +394,7 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
     "The answer to `POST /v1/recommend`."
     engine, begin, now, blind = service.ready(), time.perf_counter(), time.time(), False
     chosen, second, dark, teams = [], None, [], []
-    level = service.pressure.level(request.timeout_ms)
+    level = max(service.pressure.level(request.timeout_ms), service.switch.level)
     if request.consent and (request.visitor_id or request.user_id):
         state = service.store.read(request.visitor_id, request.user_id, request.session_id, now)
         chosen, engine, second, dark = _tried(service, request, state, now)
@@ -469,10 +478,10 @@ def ask_rank(service: Service, request, request_id: str) -> Answer:
         state = service.store.read(request.visitor_id, request.user_id, request.session_id, now)
         chosen, engine, second, _ = _tried(service, request, state, now)
         request = completed(request, state, now, False)
-    answer = rank(engine, request, candidates, request_id)
-    if second: answer, teams = _together(answer, request.n, lambda: rank(second, request, candidates, request_id))
+    answer = rank(engine, request, candidates, request_id, service.switch.level)
+    if second: answer, teams = _together(answer, request.n, lambda: rank(second, request, candidates, request_id, service.switch.level))
     answer.variant = text_of(chosen)
-    service.log.served(served_record(engine, request, answer, 0, None, now, kind="rank", candidates=candidates, teams=teams, **_noted(service, request, chosen)))
+    service.log.served(served_record(engine, request, answer, answer.fallback_level, None, now, kind="rank", candidates=candidates, teams=teams, **_noted(service, request, chosen)))
     return answer
 
 def ask_similar(service: Service, question, request_id: str) -> Answer:
