@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'CALLS', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates',
            'Index', 'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Business',
-           'Trials', 'Decisions', 'Notices', 'Bench', 'Serving', 'Log', 'Run', 'Settings', 'find_settings',
-           'load_settings', 'as_dict']
+           'Trials', 'Decisions', 'Notices', 'Bench', 'Serving', 'Log', 'Run', 'Schedule', 'Release', 'Settings',
+           'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -265,6 +265,22 @@ class Run(Section):
     engine: Literal["polars", "spark"]
     spark_master: str
 
+class Schedule(Section):
+    cron: Annotated[str, Meta(pattern=r"^\S+( +\S+){4,5}$")]
+    timezone: Annotated[str, Meta(min_length=1)]
+    step_minutes: Annotated[float, Meta(ge=0)]
+    retries: Annotated[int, Meta(ge=0)]
+    retry_seconds: Annotated[float, Meta(ge=0)]
+    keep_days: Positive
+
+class Release(Section):
+    stage: Literal["all", "share", "shadow"]
+    share: Annotated[float, Meta(gt=0, lt=1)]
+    margin: Share
+    slice_margin: Share
+    requests: Positive
+    latency_times: Annotated[float, Meta(ge=1)]
+
 # %% ../../nbs/0_core/01_settings.ipynb #cf446759
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     "All that settings.ini says, typed and checked."
@@ -289,6 +305,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     serving: Serving
     log: Log
     run: Run
+    schedule: Schedule
+    release: Release
     file: str = ""
 
     def resolve(self, path: str) -> Path:
