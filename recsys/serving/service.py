@@ -38,7 +38,7 @@ from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
 from .state import LocalStore, open_state
 from .visitor import seconds
-from .variants import Knobs, Variants, drafted, engine_for, follow, partner, shadows, shares_file, text_of
+from .variants import RELEASE, Knobs, Variants, drafted, engine_for, follow, partner, shadows, shares_file, text_of
 
 log = logging.getLogger("recsys.serving")
 
@@ -136,7 +136,7 @@ class Service:
         self.settings, self.bundles, self.per_source, self.budget = settings, Path(bundles), c.per_source, c.budget
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours, settings.log.backlog_mb)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
-        self.variants = Variants(settings.resolve(settings.experiments.file) if settings.experiments.file else None, shares_file(settings.data_dir))
+        self.variants = Variants(settings.resolve(settings.experiments.file) if settings.experiments.file else None, shares_file(settings.data_dir), settings.data_dir/RELEASE)
         self.switch = Switch(settings.data_dir)
         self.engine, self.before, self.failed, self.live, self.version = None, None, (None, 0.0), {}, 0
         self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
@@ -182,6 +182,16 @@ def wanted(service: Service) -> list[Path]:
     day = day_of_night(day_folder(service.settings), night)
     return [*([day] if day else []), service.bundles/night]
 
+def _back(service: Service, folder: Path) -> bool:
+    "Serve the version before again, if it is the one in `folder`: it is still in memory, and takes no time to open."
+    with service.lock:
+        before = service.before
+        if before is None or night_of(before.bundle.manifest) != folder.name: return False
+        _stock(service, service.live.copy(), before)
+        service.engine, service.before = before, service.engine
+    service.meter.version(before.bundle.manifest["version"])
+    return True
+
 def _follow(service: Service):
     "Serve what is wanted, if that is another version than what is served."
     try: folders = wanted(service)
@@ -190,6 +200,7 @@ def _follow(service: Service):
     if len(folders) > 1 and night_of(served.manifest) != folders[1].name: now = folders[1] # the night's comes first
     if now.name == served.folder.name or now == service.failed[0] and time.monotonic() < service.failed[1]: return
     try:
+        if night_of(served.manifest) != folders[-1].name and _back(service, now): log.info("serving %s again", now.name); return
         verify_bundle(now, served); load(service, now); log.info("serving %s", now.name)
     except Exception as e:
         service.failed = now, time.monotonic() + 60
@@ -319,7 +330,7 @@ def keep_up(service: Service, beat: float = .25):
             if beats % 4 == 0: logged(service.meter, service.log.counts())
             for engine in engines if beats % 8 == 0 and _tail(service) else (): refresh(service, engine)
             if beats % 4 == 0 and service.live: wake(service.settings)
-            if beats % 4 == 0 and not following.is_alive(): (following := threading.Thread(target=_follow_all, args=(service,), daemon=True)).start()
+            if not following.is_alive(): (following := threading.Thread(target=_follow_all, args=(service,), daemon=True)).start()
             if beats % tidy == 0 and not roll.is_alive(): (roll := threading.Thread(target=_tidy, args=(service,), daemon=True)).start()
         except Exception as e: log.warning("could not keep up: %s", e)
 
