@@ -19,20 +19,22 @@ from ..data.events import read_events
 from ..data.outcomes import outcome_minutes
 from .analysis import METRIC, Decision, decide
 from .units import Table, lists_of, unit_table
-from ..serving.assignment import Experiment, Experiments, read_experiments
+from ..serving.assignment import Experiment, Experiments
+from ..serving.variants import RELEASE, all_experiments
 
 # %% ../../nbs/8_experiments/06_run.ipynb #47db77ae
 def experiments_of(settings: Settings) -> Experiments:
-    "The experiments of the file that the settings name."
-    if not settings.experiments.file: raise RecsysError("no experiment file is named", f"{settings.file} [experiments] file", "write its path there; nbs/5_serving/17_assignment.ipynb has an example")
-    return read_experiments(settings.resolve(settings.experiments.file))
+    "The experiments of the file that the settings name, and a release to some."
+    file, release = settings.resolve(settings.experiments.file) if settings.experiments.file else None, settings.data_dir/RELEASE
+    if not file and not release.exists(): raise RecsysError("no experiment file is named", f"{settings.file} [experiments] file", "write its path there; nbs/5_serving/17_assignment.ipynb has an example")
+    return all_experiments(file, release)
 
 def experiment_of(settings: Settings, name: str) -> Experiment:
     "One of them."
     found = experiments_of(settings).experiment
     for e in found:
         if e.name == name: return e
-    raise RecsysError(f"no experiment '{name}'", settings.experiments.file, f"there are: {', '.join(e.name for e in found) or 'none'}")
+    raise RecsysError(f"no experiment '{name}'", settings.experiments.file or RELEASE, f"there are: {', '.join(e.name for e in found) or 'none'}")
 
 # %% ../../nbs/8_experiments/06_run.ipynb #af55a0ef
 class Analysed(NamedTuple):

@@ -113,6 +113,27 @@ def _effects(effects):
     for e in effects: table.add_row(*map(Text, (e.rule.name if e.rule.kind == e.rule.name else f"{e.rule.kind}: {e.rule.name}", "" if e.names is None else str(e.names), str(e.lists), str(e.out), str(e.into))))
     Console().print(table)
 
+# %% ../../nbs/9_operations/07_cli.ipynb #094ed1a9
+def _releases(a):
+    from recsys.core.settings import load_settings
+    from recsys.operations.registry import releases_text
+    print(releases_text(load_settings(), a.most))
+    return 0
+
+def _promote(a):
+    from recsys.core.settings import load_settings
+    from recsys.operations.registry import promote
+    r = promote(load_settings(), a.version, a.stage, a.why, a.share, a.anyway)
+    print(f"{r.version}: {'all visitors' if r.stage == 'all' else f'{r.stage}, {r.share:.0%} of the visitors'}, instead of {r.before or 'nothing'}; workers follow within a moment")
+    return 0
+
+def _rollback(a):
+    from recsys.core.settings import load_settings
+    from recsys.operations.registry import roll_back
+    r = roll_back(load_settings(), a.why, a.to)
+    print(f"{r.version} serves all; {r.before} is withdrawn")
+    return 0
+
 # %% ../../nbs/9_operations/07_cli.ipynb #c881b99b
 def _serve(a):
     from recsys.core.settings import load_settings
@@ -511,6 +532,13 @@ def parser() -> argparse.ArgumentParser:
     c = of(bench, "experiments", _bench_experiments, "how often the rules for experiments are wrong and right, simulated and on real ones")
     c.add_argument("--tests", type=int, default=10_000, help="experiments without an effect"); c.add_argument("--ids", type=int, default=10_000_000, help="that are assigned")
     c.add_argument("--data", metavar="DIR", help="with asos_experiments and open_bandit (default: the data folder)")
+    c = command("releases", _releases, "what served when, why, and where one could go back to"); c.add_argument("--most", type=int, default=20, help="changes that are shown")
+    c = command("promote", _promote, "let a version serve: a shadow, a share of the visitors, or all of them")
+    c.add_argument("version", metavar="VERSION"); c.add_argument("--stage", choices=("shadow", "share", "all"), default="all")
+    c.add_argument("--share", type=float, metavar="SHARE", help="of the visitors (default: [release] share)"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
+    c.add_argument("--anyway", action="store_true", help="though the gate has refused it")
+    c = command("rollback", _rollback, "end what is on trial, or let the version before serve again")
+    c.add_argument("--to", metavar="VERSION", help="another than the one before"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
     command("status", _status, "the last runs and what is being served")
     return p
 
@@ -525,6 +553,6 @@ def main(argv: list[str] | None = None) -> int:
         from recsys.core.settings import RecsysError
         if not isinstance(e, RecsysError): raise
         print(f"recsys: {' '.join(str(e).split())}", file=sys.stderr)
-        code = 3 if type(e).__name__ == "Regression" else 1
+        code = getattr(e, "exit_code", 1)
     if argv is None: sys.exit(code)
     return code

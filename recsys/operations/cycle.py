@@ -16,7 +16,9 @@ from .publish import still_published
 from .runner import bundles_folder, run
 
 # %% ../../nbs/9_operations/05_cycle.ipynb #c40e3544
-class Regression(RecsysError): "The two-stage list does not beat the best baseline."
+class Regression(RecsysError):
+    "The two-stage list does not beat the best baseline."
+    exit_code = 2
 
 def comparison_line(question: str, q: dict, metric: str) -> str:
     "One question in words: ours against the best baseline, with the difference and its interval."

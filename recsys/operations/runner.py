@@ -235,24 +235,25 @@ def run(settings: Settings, date: str = "", records: dict | None = None, say=lam
     return records
 
 # %% ../../nbs/9_operations/04_runner.ipynb #fa020177
-def _on_trial(settings: Settings) -> set[str] | None:
-    "Versions that experiments show to some; None: nobody knows, since their file has a mistake."
-    from recsys.serving.assignment import read_experiments
-    if not settings.experiments.file: return set()
-    try: return {v.bundle for e in read_experiments(settings.resolve(settings.experiments.file)).experiment for v in e.variant if v.bundle}
+def _needed(settings: Settings) -> set[str] | None:
+    "Bundles that serve, are shown to some, or may be rolled back to; None: nobody knows, since a file about them has a mistake."
+    from recsys.operations.registry import kept
+    from recsys.serving.variants import all_experiments
+    file = settings.resolve(settings.experiments.file) if settings.experiments.file else None
+    try: return kept(settings) | {v.bundle for e in all_experiments(file, None).experiment for v in e.variant if v.bundle}
     except RecsysError: return None
 
 def prune(settings: Settings) -> list[str]:
-    "Remove all but the newest `[run] keep` folders of each step, and bundles but the newest, the current one and those in experiments; the names removed."
-    removed, bundles = [], bundles_folder(settings)
-    current = (bundles/"current").resolve().name if (bundles/"current").exists() else None
-    groups: dict[str, list[Path]] = {}
+    "Remove all but the newest `[run] keep` folders of each step, and of the bundles that nobody needs; the names removed."
+    from recsys.operations.registry import release_lock
+    removed, groups = [], {}
     for p in steps_folder(settings).glob("*-*"): groups.setdefault(p.name.rsplit("-", 1)[0], []).append(p)
-    trial = _on_trial(settings)
-    groups["bundles"] = [p for p in bundles.glob("*") if trial is not None and p.is_dir() and not p.is_symlink() and p.name not in {current, *trial}]
-    for group in groups.values():
-        for p in sorted(group, key=lambda p: p.stat().st_mtime, reverse=True)[settings.run.keep:]:
-            remove(p); removed.append(p.name)
+    with release_lock(settings): # nobody promotes what is just being removed
+        needed = _needed(settings)
+        groups["bundles"] = [p for p in bundles_folder(settings).glob("*") if needed is not None and p.is_dir() and not p.is_symlink() and p.name not in needed]
+        for group in groups.values():
+            for p in sorted(group, key=lambda p: p.stat().st_mtime, reverse=True)[settings.run.keep:]:
+                remove(p); removed.append(p.name)
     return sorted(removed)
 
 # %% ../../nbs/9_operations/04_runner.ipynb #de7bfa26
