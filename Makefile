@@ -12,7 +12,7 @@ COPY   = $(VENV)/copy
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: help setup run test check-clean check-export check-notebooks check-readme prepare readme lab serve bench clean
+.PHONY: help setup run test check-clean check-export check-notebooks check-readme prepare readme lab serve bench wheel clean
 
 help:
 	@echo 'make run       set up .venv if need be, then the daily cycle; see reports/index.html'
@@ -22,6 +22,7 @@ help:
 	@echo 'make prepare   after editing notebooks: clean them, export recsys/, write README.md'
 	@echo 'make readme    only README.md'
 	@echo 'make bench     the checks of nightly size'
+	@echo 'make wheel     dist/recsys-VERSION.whl, with the job notebooks inside'
 	@echo 'make setup     only .venv'
 	@echo 'make clean     remove .venv and caches; data/ and reports/ stay'
 	@echo 'Another Python: make run PYTHON=python3.12'
@@ -80,6 +81,10 @@ prepare: $(STAMP)
 
 readme: $(STAMP)
 	@$(BIN)/python -c 'from recsys.operations.readme import make_readme; make_readme()'
+
+# build/ would bring modules back that are gone.
+wheel: $(STAMP)
+	@rm -rf build && $(BIN)/python -m pip wheel -q --no-deps -w dist . && ls dist/*.whl
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis build dist lightning_logs *.egg-info

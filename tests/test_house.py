@@ -17,7 +17,7 @@ from recsys.operations.readme import make_readme, readme_text
 
 ROOT = Path(__file__).resolve().parent.parent
 WINGS = "core data features candidates ranking serving evaluation monitoring experiments operations".split()
-TOP = """nbs recsys reports tests settings.ini environment.yml README.md pyproject.toml Makefile constraints.txt LICENSE CONTRIBUTING.md deploy
+TOP = """nbs recsys reports tests settings.ini environment.yml README.md pyproject.toml setup.py Makefile constraints.txt LICENSE CONTRIBUTING.md deploy
     .ci .git .github .gitignore .gitattributes""".split()
 MODULES = sorted(p for p in (ROOT/"recsys").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)

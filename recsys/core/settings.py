@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'CALLS', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features', 'Candidates',
            'Index', 'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift', 'Business',
-           'Trials', 'Decisions', 'Notices', 'Bench', 'Serving', 'Log', 'Run', 'Schedule', 'Release', 'Settings',
-           'find_settings', 'load_settings', 'as_dict']
+           'Trials', 'Decisions', 'Notices', 'Bench', 'Serving', 'Log', 'Run', 'Schedule', 'Release', 'shipped',
+           'Settings', 'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -282,6 +282,14 @@ class Release(Section):
     latency_times: Annotated[float, Meta(ge=1)]
 
 # %% ../../nbs/0_core/01_settings.ipynb #cf446759
+def shipped(path: str) -> Path:
+    "A file or folder of the repository that every installation has: `nbs/jobs`, `nbs/benchmarks`, `settings.ini`, `constraints.txt`."
+    import recsys
+    package = Path(recsys.__file__).resolve().parent
+    inside = package / "shipped"
+    return (inside if inside.is_dir() else package.parent) / path
+
+# %% ../../nbs/0_core/01_settings.ipynb #b54e626c
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     "All that settings.ini says, typed and checked."
     paths: Paths
@@ -313,6 +321,11 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
         "`path`, relative to the folder of settings.ini."
         return (Path(self.file).parent / path).resolve()
 
+    def find(self, path: str) -> Path:
+        "`path` of the project; where it has none, that of the package."
+        own = self.resolve(path)
+        return own if own.exists() else shipped(path)
+
     @property
     def data_dir(self) -> Path: return self.resolve(self.paths.data)
     @property
@@ -325,7 +338,7 @@ def find_settings(start: Path | None = None) -> Path:
     here = Path(start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         if (folder / "settings.ini").is_file(): return folder / "settings.ini"
-    raise RecsysError("no settings.ini here or above", str(here), "run inside the project, or set RECSYS_SETTINGS")
+    raise RecsysError("no settings.ini here or above", str(here), "run inside a project, or make one of your files: recsys init FOLDER")
 
 # %% ../../nbs/0_core/01_settings.ipynb #1bd0eb54
 def _overrides(sections, environ) -> dict[str, dict[str, str]]:
@@ -353,7 +366,7 @@ def _convert(section: str, values: dict[str, str], struct: type, file: str):
         if isinstance(found, float) and not math.isfinite(found):
             raise RecsysError(f"[{section}] {key} = {values[key]!r}: not a finite number", file, "correct the value")
     if missing := [k for k in kinds if k not in split]:
-        raise RecsysError(f"[{section}] lacks {', '.join(missing)}", file, "copy the key from the settings.ini of the repository")
+        raise RecsysError(f"[{section}] lacks {', '.join(missing)}", file, f"copy the key from {shipped('settings.ini')}")
     return msgspec.convert(split, struct, strict=False)
 
 # %% ../../nbs/0_core/01_settings.ipynb #f3e65faf

@@ -122,7 +122,7 @@ def bench_page(name: str,            # of the notebook in nbs/benchmarks
                ) -> Path:            # the page
     "Execute nbs/benchmarks/NAME.ipynb over the figures in `folder` and leave NAME.html there."
     from recsys.operations.report import to_html
-    folder, notebook = Path(folder or settings.reports_dir/"benchmarks"), settings.resolve(f"nbs/benchmarks/{name}.ipynb")
+    folder, notebook = Path(folder or settings.reports_dir/"benchmarks"), settings.find(f"nbs/benchmarks/{name}.ipynb")
     if not notebook.exists(): raise RecsysError("no such benchmark", name, f"there are: {', '.join(sorted(p.stem for p in notebook.parent.glob('*.ipynb')))}")
     folder.mkdir(parents=True, exist_ok=True)
     for f in map(read_json, files): write_json(folder/f"{'-'.join(map(str, [f['name'], *(f[k] for k in KEYS[f['name']])])).replace('/', '-')}.json", f)

@@ -28,8 +28,8 @@ def _run(command: list, what: str, todo: str):
 
 def environment(settings: Settings, pins: str = PINS) -> Path:
     "The folder of the peers' environment, made or not."
-    file = settings.resolve(pins)
-    if not file.exists(): raise RecsysError("no such file", str(file), "settings.ini belongs beside nbs/: copy or link that folder of the repository")
+    file = settings.find(pins)
+    if not file.exists(): raise RecsysError("no such file", str(file), "install recsys again")
     return settings.data_dir/"peers"/digest(file.read_text(encoding="utf-8"), sys.version)
 
 def peer_python(settings: Settings, say=lambda note: None, pins: str = PINS) -> Path: # the interpreter
@@ -39,7 +39,7 @@ def peer_python(settings: Settings, say=lambda note: None, pins: str = PINS) -> 
         say("making the peers' environment")
         with atomic_dir(home) as tmp:
             _run([sys.executable, "-m", "venv", tmp], "peers' environment", "Debian has venv in the package python3-venv")
-            _run([tmp/"bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "-r", settings.resolve(pins)],
+            _run([tmp/"bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "-r", settings.find(pins)],
                  f"peers' environment, {pins}", "look at the network and at the pins, or bench without --peers")
     return home/"bin/python"
 

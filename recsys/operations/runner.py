@@ -39,7 +39,7 @@ STEPS = (
     Step("publish", ("ingest", "features", "candidates", "train", "evaluate", "drift"), ("candidates",), (("serving", "rules"),)))
 
 # %% ../../nbs/9_operations/04_runner.ipynb #e15e279f
-def jobs_folder(settings: Settings) -> Path: return settings.resolve("nbs/jobs")
+def jobs_folder(settings: Settings) -> Path: return settings.find("nbs/jobs")
 
 def package_folder() -> Path: return Path(recsys.__file__).resolve().parent
 
@@ -73,8 +73,8 @@ def checked_parameters(notebook: Path, given: dict[str, str]) -> dict:
 # %% ../../nbs/9_operations/04_runner.ipynb #adae76fa
 def fingerprint(step: Step, parents: dict[str, str], parameters: dict, settings: Settings) -> str:
     "16 hexadecimal digits over all that the result of `step` depends on; `parents`: fingerprints by name."
-    notebook, pins = jobs_folder(settings)/f"{step.name}.ipynb", settings.resolve("constraints.txt")
-    if not notebook.exists(): raise RecsysError("no such job", str(notebook), "settings.ini belongs beside nbs/: copy or link that folder of the repository")
+    notebook, pins = jobs_folder(settings)/f"{step.name}.ipynb", settings.find("constraints.txt")
+    if not notebook.exists(): raise RecsysError("no such job", str(notebook), "remove the project's own nbs/jobs, and those of the package are run")
     named = [getattr(getattr(settings, section), key) for section, key in step.files]
     return digest(step.name, parents, as_dict(settings, *step.sections) if step.sections else {}, code_digest(notebook, package_folder()),
                   file_digest(pins) if pins.exists() else "", parameters, [file_digest(settings.resolve(path)) for path in named if path])
