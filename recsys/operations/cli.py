@@ -37,13 +37,23 @@ class _Steps:
 # %% ../../nbs/9_operations/07_cli.ipynb #6eee4926
 def _run(a):
     from recsys.core.files import write_json
-    from recsys.core.settings import load_settings
     from recsys.operations.cycle import cycle
-    settings = load_settings()
+    settings = _settings_of(a)
     with _Steps() as steps: account = cycle(settings, a.date, a.allow_regression, steps.say)
     if a.json: write_json(a.json, {k: v for k, v in account.items() if k not in ("headline",)})
     print(f"{account['headline']['sentence']}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {settings.reports_dir/'index.html'}")
     return 0
+
+def _settings_of(a):
+    "The settings that `run` means: of the project, or of one around a simulated shop, which is made."
+    from pathlib import Path
+    from recsys.core.settings import RecsysError, load_settings
+    if a.small and a.dataset != "simulated": raise RecsysError("--small is for --dataset simulated", "run", "write both, or neither")
+    if a.dataset is None: return load_settings()
+    from recsys.operations.init import simulated_project
+    project = Path.cwd()/f"simulated-shop{'-small' if a.small else ''}"
+    print(f"a simulated shop, its people and their purchases are made up; its project is {project}")
+    return simulated_project(project, a.small)
 
 def _job(a):
     from recsys.core.settings import RecsysError, load_settings
@@ -51,6 +61,40 @@ def _job(a):
     if wrong := [p for p in a.p if "=" not in p]: raise RecsysError(f"'{wrong[0]}' is not key=value", "-p", "write -p key=value")
     print(f"Look at {run_job(a.name, dict(p.split('=', 1) for p in a.p), load_settings())}")
     return 0
+
+# %% ../../nbs/9_operations/07_cli.ipynb #cf3b8954
+def _init(a):
+    from pathlib import Path
+    from recsys.operations import init
+    ask = init.ask_on_terminal if sys.stdin.isatty() and sys.stdout.isatty() else None
+    with _Steps() as steps: made = init.make_project(a.folder, a.into, init.columns_said(a.column), ask, a.overwrite, steps.say)
+    print(init.told(made))
+    if not a.run: print(f"next: recsys run, in {made.settings.resolve('.')}")
+    elif made.too_short: _demand(made)
+    else: _first_list(made)
+    return 0
+
+def _demand(made):
+    "What is in demand, as a table in the terminal."
+    from rich.console import Console
+    from rich.table import Table
+    from recsys.operations.init import in_demand
+    found, table = in_demand(made.ingested, made.settings.data.target_event), Table(caption="what is in demand: nothing was learnt, and nothing is published")
+    for name in found.columns: table.add_column(name, overflow="fold")
+    for row in found.iter_rows(): table.add_row(*("" if v is None else str(v) for v in row))
+    Console().print(table)
+
+def _first_list(made):
+    "Run the cycle, and print a list for somebody."
+    import os
+    from recsys.operations.cycle import cycle
+    from recsys.operations.init import regular
+    with _Steps() as steps: account = cycle(made.settings, allow_regression=True, say=steps.say)
+    print(f"{account['headline']['sentence']}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {made.settings.reports_dir/'index.html'}")
+    os.environ["RECSYS_SETTINGS"] = made.settings.file
+    user = regular(made.ingested, made.settings.data.target_event)
+    print(f"a list for {user}:")
+    return main(["recommend", "--user", user, "--n", "10"])
 
 # %% ../../nbs/9_operations/07_cli.ipynb #42060587
 def _ids(text: str) -> list[str]: return [i.strip() for i in text.split(",") if i.strip()]
@@ -463,10 +507,15 @@ def parser() -> argparse.ArgumentParser:
     def command(name, do, text):
         c = sub.add_parser(name, help=text, description=text); c.set_defaults(do=do)
         return c
+    c = command("init", _init, "look at a folder of files, say what is in it and what is wrong, and make a project that runs on it")
+    c.add_argument("folder", metavar="FOLDER", help="with CSV, Parquet or JSON lines, also packed; it is only read")
+    c.add_argument("--into", metavar="DIR", help="the project's folder (default: FOLDER-recsys, here)"); c.add_argument("--run", action="store_true", help="also run the cycle, up to a first list")
+    c.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="what a column means, if it is not recognised, e.g. item_id=number; may be repeated"); c.add_argument("--overwrite", action="store_true", help="replace shop.toml and settings.ini of DIR")
     c = command("run", _run, "the daily cycle: ingest, validate, features, candidates, train, evaluate, drift, publish")
     c.add_argument("--date", default="", metavar="DAY", help="the moment: nothing on or after this day is seen (default: the end of the data)")
     c.add_argument("--json", metavar="FILE", help="write the run's figures")
     c.add_argument("--allow-regression", action="store_true", help="publish even if the best baseline was not beaten")
+    c.add_argument("--dataset", choices=("simulated",), help="a made-up shop, in a project of its own below this folder"); c.add_argument("--small", action="store_true", help="of the simulated shop: one that takes a few minutes")
     c = command("job", _job, "run one job notebook with parameters of your own")
     c.add_argument("name", metavar="NAME"); c.add_argument("-p", action="append", default=[], metavar="KEY=VALUE", help="a parameter; may be repeated")
     c = command("recommend", _recommend, "one answer in the terminal, with reasons")
