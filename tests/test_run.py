@@ -22,22 +22,10 @@ def one_line(result, *parts) -> str:
     return said[0]
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory): return make_shop(tmp_path_factory.mktemp("shop"))
+def shop(daily): return daily.folder
 
 @pytest.fixture(scope="module")
-def published(shop):
-    "The shop after a run that was killed half-way and gone on with; what each stage printed."
-    p = subprocess.Popen([COMMAND, "run"], cwd=shop, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for line in p.stdout:
-        if line.startswith("features"): break
-    time.sleep(2)   # the candidates notebook is at work now
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
-    half = {"steps": sorted(d.name.split("-")[0] for d in (shop/"data/steps").iterdir() if not d.name.startswith(".")),
-            "whole": all((d/"step.json").is_file() for d in (shop/"data/steps").iterdir() if not d.name.startswith(".")),
-            "remains": [d.name for d in (shop/"data/steps").iterdir() if d.name.startswith(".")], "bundles": (shop/"data/bundles").exists()}
-    second = recsys(shop, "run", "--allow-regression", "--json", "figures.json")
-    assert second.returncode == 0, second.stdout + second.stderr
-    return dict(half=half, second=second, figures=json.loads((shop/"figures.json").read_text()))
+def published(daily): return dict(half=daily.half, second=daily.second, figures=daily.figures)
 
 def test_a_killed_run_leaves_nothing_half_done(published):
     half = published["half"]
