@@ -237,6 +237,7 @@ class Serving(Section):
     max_items: Annotated[int, Meta(ge=1, le=500)]
     keys_file: str # path of the file of API keys; empty: none, and then only this machine may ask
     key_rate: Above0
+    storefront: Literal["loopback", "always", "never"]
     rules: str # path of a rules file; empty: none
     shed_ms: Above0
     refuse_ms: Above0
