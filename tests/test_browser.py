@@ -1,7 +1,8 @@
 "The pages in a real browser: on a phone and a desk, in light and dark; nothing fails, nothing leaves the machine, nothing is unreadable or without a name."
-import re, shutil
+import re, shutil, subprocess
 
 import pytest
+from shop import COMMAND
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is missing: apt-get install chromium")
@@ -80,3 +81,65 @@ def test_a_page_is_walked_by_keyboard(daily, visit):
     v.page.keyboard.press("Tab")
     assert v.page.evaluate("document.querySelector('main').contains(document.activeElement)")
     v.look()
+
+# ---- the storefront, served by the real service
+
+@pytest.fixture(scope="module")
+def storefront(daily):
+    "The address of a service over the shop's own bundle."
+    p = subprocess.Popen([COMMAND, "serve", "--port", "0"], cwd=daily.copy, stdout=subprocess.PIPE, text=True)
+    try:
+        line = p.stdout.readline()
+        assert line.startswith("serving "), line
+        yield line.rpartition(" ")[2].strip()
+    finally:
+        p.terminate()
+        p.wait(30)
+
+def names(page): return page.locator("#list .plain").all_inner_texts()
+def said(page, words):
+    "What the page says of the newest list, once it says `words`."
+    page.locator("#told", has_text=words).wait_for()
+    return page.locator("#told").inner_text()
+
+@pytest.mark.parametrize("size, scheme", VIEWS)
+def test_the_storefront_changes_its_list_and_says_why(storefront, visit, size, scheme):
+    v = visit(size, scheme); page = v.page
+    page.goto(storefront); said(page, "The list took"); v.look()
+    first = names(page)
+    assert page.get_by_role("alert").is_hidden()
+    assert len(first) == 10 and "Version 2" in page.locator("#version").inner_text() and "Level 3" in said(page, "Level")
+    page.get_by_label("Words of its name").fill("article 1"); page.keyboard.press("Enter")
+    page.locator("#hits", has_text="that have these words").wait_for()
+    page.locator("#found").get_by_role("button", name="Article 17", exact=True).click()
+    assert "ms" in said(page, "You looked at Article 17") and "a17" in page.locator("#facts").inner_text(); v.look()
+    page.get_by_role("button", name="Add to cart", exact=True).click()
+    told = said(page, "Article 17 is in the cart")
+    assert "Level 0: full answer" in told and ("places are new" in told or "The list stayed" in told)
+    assert names(page) != first and "Article 17" not in names(page) and page.locator("#cart li").count() == 1
+    assert all(t.strip() for t in page.locator("#list .why").all_inner_texts()); v.look()
+    second = names(page)[0]
+    page.locator("#list button.add").first.click(); said(page, f"{second} is in the cart")
+    page.get_by_role("button", name="Remove from cart: Article 17").click(); said(page, "Article 17 is out of the cart")
+    page.get_by_role("button", name="Buy").click(); said(page, "Bought")
+    assert page.locator("#empty").is_visible()
+    page.get_by_label("A user of the shop").fill("c7"); page.keyboard.press("Enter")
+    assert "Level 0" in said(page, "You are c7 now") and "before" in page.locator("#list").inner_text(); v.look()
+    before = page.locator("#visitor").inner_text()
+    page.get_by_role("button", name="Forget it").click(); said(page, "Level 3")
+    assert page.locator("#visitor").inner_text() != before and page.locator("#list", has_text="before").count() == 0
+    v.look()
+
+def test_what_is_wrong_is_said_in_words_and_text_stays_text(storefront, visit):
+    v = visit(); page = v.page
+    page.goto(storefront); said(page, "The list took")
+    page.get_by_label("Words of its name").fill("<img src=x onerror=alert(1)>"); page.keyboard.press("Enter")
+    page.locator("#hits", has_text="Nothing has these words").wait_for()
+    with pytest.raises(Exception, match="TrustedHTML|Trusted"): page.evaluate("document.body.innerHTML = '<b>x</b>'")
+    v.wrong.clear()
+    page.route("**/v1/recommend", lambda r: r.fulfill(status=503, content_type="application/json", body='{"error": {"code": "not_ready", "message": "the model is being loaded"}}'))
+    page.get_by_role("button", name="Be that user").click()
+    page.get_by_role("alert").filter(has_text="the model is being loaded").wait_for()
+    page.unroute("**/v1/recommend"); v.wrong.clear()
+    page.get_by_role("button", name="Be that user").click(); said(page, "You are a stranger")
+    assert page.get_by_role("alert").is_hidden(); v.look()

@@ -21,9 +21,10 @@ from .compiled import compile_first
 from .intraday import keeping
 from .keys import SECURE_HEADERS, Keys, audit, authorize, check_exposure, read_keys
 from .metrics import MEDIA, begin, end, log_config, scrape
-from .openapi import NAMES, Route, decoders_for, document, find_route
+from .openapi import NAMES, PAGES, Route, decoders_for, document, find_route
 from .refused import Refused
 from .schemas import to_change, to_item
+from .storefront import find_items, read_pages, shows_pages
 from .service import Service, ask, ask_rank, ask_similar, ask_why, explain_later, forget, known_item, post, put, start
 
 # %% ../../nbs/5_serving/03_app.ipynb #4bc0d041
@@ -79,12 +80,13 @@ def request_id_for(given: str | None) -> str:
 # %% ../../nbs/5_serving/03_app.ipynb #23980835
 class App:
     "The RSGI application of one worker: starts a service, then calls `tell` with None or with what went wrong."
-    def __init__(self, settings: Settings, bundles: str | Path, tell, body_limit: int = 1 << 18, body_seconds: float = 10.0):
+    def __init__(self, settings: Settings, bundles: str | Path, tell, body_limit: int = 1 << 18, body_seconds: float = 10.0, pages: bool = False):
         v = settings.serving
         self.settings, self.bundles, self.tell, self.service, self.loop = settings, Path(bundles), tell, None, None
         self.keys = Keys(settings.resolve(v.keys_file) if v.keys_file else None, v.key_rate, v.workers)
         self.decoders, self.description = decoders_for(v.max_items), msgspec.json.encode(document(v.max_items, bool(v.keys_file)))
         self.body_limit, self.body_seconds = body_limit, body_seconds
+        self.pages, self.hidden = read_pages(pages), frozenset(() if pages else (r.name for r in PAGES))
 
     def __rsgi_init__(self, loop):
         self.loop = loop
@@ -139,6 +141,7 @@ DOES = dict(
     put_item=lambda s, q, last, request_id: asyncio.to_thread(put, s, [to_item(last, q)]),
     patch_item=lambda s, q, last, request_id: _patch(s, last, q),
     forget=lambda s, q, last, request_id: asyncio.to_thread(forget, s, last),
+    search=lambda s, q, last, request_id: asyncio.to_thread(find_items, s.ready().bundle.items, s.ready().state.sellable, last),
     readyz=lambda s, q, last, request_id: {"status": "ready", "model_version": s.ready().bundle.manifest["version"]},
     metrics=lambda s, q, last, request_id: asyncio.to_thread(scrape, s.settings.data_dir/"metrics", NAMES))
 
@@ -147,6 +150,8 @@ async def answer(app: App, scope, proto, route: Route, last: str, request_id: st
     "The body of the answer to a request that is in order; else `Refused`."
     if route.name == "healthz": return b'{"status":"alive"}'
     if route.name == "openapi": return app.description
+    if route.name in app.hidden: raise Refused(404, "not_found", "no such address; GET /openapi.json lists all")
+    if page := app.pages.get(route.name): return page.body
     headers, question = scope.headers, None
     if route.request:
         check_media(headers)
@@ -181,8 +186,9 @@ async def respond(app: App, scope, proto):
         status, body = 500, Refused(500, "internal", f"unexpected failure; request {request_id}").body()
     if meter: end(meter, name, status, time.perf_counter() - began)
     if route and route.scope == "admin": audit(key, scope.method, scope.path, status, request_id)
-    media = MEDIA if name == "metrics" and status == 200 else "application/json"
-    headers = [*HEADERS, ("content-type", media), ("x-request-id", request_id), *extra.items()]
+    page = app.pages.get(name) if status == 200 else None
+    media = "text/html; charset=utf-8" if page else MEDIA if name == "metrics" and status == 200 else "application/json"
+    headers = [*(page.headers if page else HEADERS), ("content-type", media), ("x-request-id", request_id), *extra.items()]
     if scope.method == "HEAD": proto.response_empty(status, headers)
     else: proto.response_bytes(status, headers, body)
 
@@ -205,9 +211,9 @@ def reserved(host: str, port: int):
         yield to[0], to[1]
 
 # %% ../../nbs/5_serving/03_app.ipynb #0b6b616e
-def _build_app(settings: Settings, bundles: str, messages) -> App:
+def _build_app(settings: Settings, bundles: str, messages, pages: bool = False) -> App:
     "The application inside a worker."
-    return App(settings, bundles, messages.put)
+    return App(settings, bundles, messages.put, pages=pages)
 
 # %% ../../nbs/5_serving/03_app.ipynb #9fed4400
 def _granian(address: str, port: int, workers: int):
@@ -259,7 +265,7 @@ def serve(settings: Settings,     # state, keys, log and candidates as they say
         up = threading.Event()
         line = f"serving {version} on http://{f'[{address}]' if ':' in address else address}:{port}"
         threading.Thread(target=_watch, args=(messages, workers, line, up, server.signal_handler_interrupt, failures), daemon=True).start()
-        loader = partial(_build_app, settings, str(Path(bundles).resolve()), messages)
+        loader = partial(_build_app, settings, str(Path(bundles).resolve()), messages, shows_pages(v.storefront, address))
         try:
             with keeping(settings, Path(bundles).resolve(), up): server.serve(target_loader=loader, wrap_loader=False)
         except SystemExit:
