@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SEGMENTS', 'EVENTS', 'Event', 'event_of', 'event_rows', 'segment_columns', 'Tally', 'tallies', 'Cause', 'parts',
-           'blamed', 'change_day', 'root_causes', 'cause_sentence']
+           'blamed', 'change_day', 'root_causes', 'cause_sentence', 'kept_rows', 'counted', 'kept_tallies',
+           'kept_causes']
 
 # %% ../../nbs/7_monitoring/06_root_cause.ipynb #f79be377
 import numpy as np
 import polars as pl
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from .drift import Column, Profile
-from .statistics import Frozen, Table, Test, Window, buckets_of, coins, contributions, kind_of, max_t, regroup, shares, statistics
+from .profiles import Store, read_facts
+from .statistics import Frozen, Table, Test, Window, buckets_of, coarser, coins, contributions, kind_of, max_t, regroup, shares, statistics
 
 # %% ../../nbs/7_monitoring/06_root_cause.ipynb #89fa88e9
 class Event(Struct):
@@ -184,3 +186,60 @@ def cause_sentence(c: Cause) -> str:
     how = f"{c.explained:.0%} of the change of {c.column} is in {c.segment} = {c.value} ({c.rows:.0%} of the rows)"
     what = f"{c.event} in {c.before:.1%} before and {c.after:.1%} now, elsewhere {c.elsewhere_before:.1%} and {c.elsewhere_after:.1%}"
     return how + (f", since {c.since}" if c.since else "") + f": {what}" + (", mostly because there is more or less of it" if abs(c.mix) > .5 * abs(c.explained) else "") + "."
+
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #b8f37144
+def kept_rows(store: Store, first: str, last: str, columns: list[str]) -> pl.DataFrame: # day, part, value, column, bucket, cell, rows
+    "The coarse counts of `columns` on the days from `first` to `last`, of everybody (part \"\") and by segment and version."
+    parts = []
+    for file in sorted(f for d in store.folder.glob("day=*") if first <= d.name[4:] <= last for f in d.glob("*.parquet")):
+        f = read_facts(file)
+        cells = pl.scan_parquet(file).filter(pl.col("bucket") >= 0, pl.col("cell") >= -2, pl.col("column").cast(pl.String).is_in(columns)).select(pl.col("column").cast(pl.String), "bucket", "cell", "rows")
+        for part, value in [tuple(f.segment.split("=", 1))] if f.segment else [("", "")] + [("version", f.model)] * bool(f.model):
+            parts.append(cells.select(pl.lit(f.day).alias("day"), pl.lit(part).alias("part"), pl.lit(value).alias("value"), pl.all()))
+    by = ["day", "part", "value", "column", "bucket", "cell"]
+    if not parts: return pl.DataFrame(schema=dict.fromkeys(by[:4], pl.String) | dict(bucket=pl.Int32, cell=pl.Int32, rows=pl.Int64))
+    return pl.concat(parts).group_by(by).agg(pl.col("rows").sum()).collect().sort(by)
+
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #bad2732d
+def counted(rows: pl.DataFrame, e: Event, frozen: Frozen, by: list[str]) -> pl.DataFrame: # by, rows, hits
+    "Rows in which an event is defined, and in which it happened, from `kept_rows` on coarse cells."
+    cell = pl.col("cell")
+    there = cell >= (-1 if e.kind == "missing" else 0)
+    hit = {"below": lambda: (cell >= 0) & (cell <= int(np.searchsorted(frozen.edges, e.edge))), "value": lambda: cell == frozen.top.index(e.value),
+           "missing": lambda: cell == -1, "unseen": lambda: cell == -2}[e.kind]()
+    return rows.filter(pl.col("column") == e.column).group_by(by).agg(rows=pl.col("rows").filter(there).sum(), hits=pl.col("rows").filter(hit).sum()).sort(by)
+
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #1983b320
+def kept_tallies(rows: pl.DataFrame, events: list[Event], frozen: dict[str, Frozen], names: dict[str, list[str]], buckets: int = 64) -> dict[tuple[int, str], Tally]:
+    "`tallies` from `kept_rows`; rows in none of the segments `names` are the last one."
+    found = {}
+    for i, e in enumerate(events):
+        n = counted(rows, e, frozen[e.column], ["part", "value", "bucket"])
+        for part, values in names.items():
+            t = Tally([*values, "any other"], *(np.zeros((len(values) + 1, buckets), np.int64) for _ in "rh"))
+            for k, value in enumerate(values):
+                own = n.filter(pl.col("part") == part, pl.col("value") == value)
+                t.rows[k, own["bucket"]], t.hits[k, own["bucket"]] = own["rows"], own["hits"]
+            every = n.filter(pl.col("part") == "")
+            t.rows[-1, every["bucket"]], t.hits[-1, every["bucket"]] = every["rows"], every["hits"]
+            for a in (t.rows, t.hits): a[-1] -= a[:-1].sum(0)
+            found[i, part] = t
+    return found
+
+# %% ../../nbs/7_monitoring/06_root_cause.ipynb #7201735c
+def kept_causes(columns: list[Column], store: Store, reference: Window, current: Window, was: tuple[str, str], now: tuple[str, str], alpha: float = .01, permutations: int = 999, seed: int = 0) -> list[Cause]:
+    "`root_causes` of two windows of a store, of the days `was` and `now`, (first, last) each."
+    frozen = {c: coarser(f)[0] for c, f in store.frozen.items()}
+    coarse = [structs.replace(w, counts=w.rough) for w in (reference, current)]
+    events = [e for c in columns if c.verdict == "material" and c.name in frozen and (e := event_of(c, frozen[c.name], *coarse))][:EVENTS]
+    if not events: return []
+    before, after = (kept_rows(store, *days, [e.column for e in events]) for days in (was, now))
+    both = pl.concat([before, after]).filter(pl.col("part") != "").select("part", "value").unique().sort("part", "value")
+    names = {p: v for (p,), g in both.group_by("part", maintain_order=True) if len(v := g["value"].to_list()) > 1}
+    found, best = blamed(events, *(kept_tallies(r, events, frozen, names, store.buckets) for r in (before, after)), alpha, permutations, seed), {}
+    for cause in found: best.setdefault(cause.column, cause)
+    for cause in best.values():
+        e = next(e for e in events if e.column == cause.column)
+        days = counted(after.filter(pl.col("part") == cause.segment, pl.col("value") == cause.value), e, frozen[e.column], ["day"])
+        if len(days): cause.since = change_day(days["day"].to_list(), days["hits"].to_numpy(), days["rows"].to_numpy(), cause.before)
+    return list(best.values())
