@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'CONTEXT', 'SEGMENTS', 'PARTS', 'shrink', 'Facts', 'write_window', 'read_facts', 'read_window',
            'save_profile', 'load_frozen', 'load_profile', 'Store', 'kept', 'window_of', 'weeks_before', 'without_rows',
-           'week_report', 'event_rows', 'served_rows', 'divisions', 'keep_day', 'profile_days', 'shop_stores',
-           'moment_of', 'profile_shop']
+           'week_windows', 'week_report', 'event_rows', 'served_rows', 'divisions', 'keep_day', 'profile_days',
+           'shop_stores', 'moment_of', 'profile_shop']
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #0738ba44
 import base64, zlib
@@ -211,13 +211,17 @@ def without_rows(window: Window) -> Window:
     return msgspec.structs.replace(window, counts=nothing(window.counts), rough=nothing(window.rough))
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #ab29d0ab
+def week_windows(store: Store, last: str, weeks: int = 8, length: int = 7, segment: str = "", model: str | None = None) -> tuple[Window | None, Window | None, tuple[str, str], tuple[str, str]]:
+    "(reference, current, its days, its days): the `weeks` windows before the last together, and the `length` days up to `last`; days are (first, last)."
+    first = date.fromisoformat(last) - timedelta(days=length - 1)
+    was = (str(first - timedelta(days=weeks * length)), str(first - timedelta(days=1)))
+    return window_of(store, *was, segment, model), window_of(store, str(first), last, segment, model), was, (str(first), last)
+
 def week_report(store: Store, last: str, plan: Plan, weeks: int = 8, length: int = 7, segment: str = "", model: str | None = None) -> Comparison | None:
     "The `length` days up to `last` against the `weeks` windows before them; None if fewer than three of these were kept, or nothing of the last."
-    first = date.fromisoformat(last) - timedelta(days=length - 1)
-    now, past = window_of(store, str(first), last, segment, model), weeks_before(store, str(first), weeks, length, segment, model)
+    total, now, _, (first, _) = week_windows(store, last, weeks, length, segment, model)
+    past = weeks_before(store, first, weeks, length, segment, model)
     if now is None or len(past) < 3: return None
-    total = past[0]
-    for w in past[1:]: total = total + w
     return judge(Profile(store.frozen, total, store.unit, store.buckets), now, past, plan, base=without_rows(total))
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #7fbfad6f
