@@ -110,12 +110,12 @@ def test_windows_end_with_the_newest_list_and_at_the_first_gap():
 
 def test_the_worst_finding_sets_the_light():
     from recsys.monitoring.watch import with_outcomes
-    ok, quiet = dict(verdict="good", sentence="Nothing moved"), dict(business=dict(verdict="good", sentence="All hold."), concept=[], lists=dict(alarm=False, sentence="x"), skew=[])
+    ok, quiet = dict(verdict="good", sentence="Nothing moved"), dict(business=dict(verdict="good", sentence="All hold."), concept=[], lists=dict(alarm=False, sentence="x"), skew=[], embeddings=dict(alarm=False, sentence="y"))
     assert with_outcomes(ok, **quiet)["verdict"] == "good" and with_outcomes(ok, **quiet)["sentence"] == "Nothing moved"
     fired = dict(kind="click", drift=dict(sentence="Changed.", findings=[dict(since="2026-03-01")]))
     assert with_outcomes(ok, **quiet | dict(concept=[fired, dict(kind="purchase", drift=None)]))["verdict"] == "warning"
     worst = with_outcomes(ok, **quiet | dict(skew=[dict(features=[1], sentence="3 % differ.")], lists=dict(alarm=True, sentence="Novelty fell")))
-    assert worst["verdict"] == "bad" and worst["sentence"] == "Nothing moved. Novelty fell. 3 % differ."
+    assert worst["verdict"] == "bad" and worst["sentence"] == "3 % differ. Novelty fell."
     assert with_outcomes(dict(verdict="bad", sentence="a"), **quiet)["verdict"] == "bad"
 
 

@@ -68,6 +68,17 @@ def test_the_drift_job_reads_what_was_served_until_its_moment(published, shop):
     assert said["lists"]["source"] == "served" and last["lists"] == 60 and last["day"] < end.date().isoformat() and said["weeks"]["events"]
     assert [(s["version"], s["lists"]) for s in said["skew"]] == [(None, 0)] and "<h2>The lists" in page.read_text()
 
+def test_new_lists_make_a_new_report_and_no_new_version(published, shop):
+    "A list served before the moment is a reason for the drift step; one served after it is none, and the bundle stays the same."
+    end = datetime.fromisoformat(json.loads(next((shop/"data/steps").glob("ingest-*/ingest.json")).read_text())["moment"])
+    done, serving = lambda: [n for n, l in lines(recsys(shop, "run", "--allow-regression").stdout).items() if "skipped" not in l], lambda: (shop/"data/bundles/current").resolve().name
+    done(); version = serving()
+    for days, ran in ((-2, []), (2, ["drift", "publish"])):
+        folder = shop/f"data/served/day={(end - timedelta(days=days)).date()}"; folder.mkdir(parents=True)
+        (folder/"1-1.jsonl").write_text("{}\n")
+        assert (done(), serving()) == (ran, version)
+    shutil.rmtree(shop/"data/served")
+
 def test_the_figures_are_those_of_the_page(published, shop):
     f = published["figures"]
     assert {"metrics", "baselines", "waterfall", "seconds", "peak_rss_mb", "rows", "quarantined"} <= set(f)

@@ -175,6 +175,7 @@ class Drift(Section):
     share_limit: Above0
     missing_limit: Above0
     unseen_limit: Above0
+    neighbours_limit: Annotated[float, Meta(gt=0, lt=1)]
     profile_days: Positive
     past_weeks: Annotated[int, Meta(ge=3)]
     users: Positive

@@ -23,6 +23,7 @@ from .attribution import attribution_by_segment, attribution_drift, attribution_
 from .business import business_run
 from .concept import concept_run
 from .drift import VERDICTS, Comparison, Plan, compare, judge, profile_of, sentence_of, to_dict
+from .embeddings import embeddings_run
 from .lists import lists_run, skew_run
 from .profiles import Store, moment_of, profile_shop, shop_stores, week_report, week_windows
 from .root_cause import Cause, cause_sentence, kept_causes, root_causes
@@ -162,20 +163,21 @@ def watch_run(features: str | Path, candidates: str | Path, trained: str | Path,
 # %% ../../nbs/7_monitoring/04_watch.ipynb #b1845ab7
 WORSE = ("good", "warning", "bad")
 
-def with_outcomes(said: dict, business: dict, concept: list[dict], lists: dict, skew: list[dict]) -> dict:
-    "`said` of `watch_run` with the findings about the shop, outcomes, lists and train/serve skew; the verdict is the worst of all, and what is worst is said first."
+def with_outcomes(said: dict, business: dict, concept: list[dict], lists: dict, skew: list[dict], embeddings: dict) -> dict:
+    "`said` of `watch_run` with the findings about the shop, outcomes, lists, train/serve skew and item vectors; the verdict is the worst of all, and what is worst is said first."
     changed = [c for c in concept if c["drift"] and any(f["since"] for f in c["drift"]["findings"])]
     told = [(said["verdict"], said["sentence"]), (business["verdict"], business["sentence"]), *(("warning", f"{c['kind'].capitalize()}: {c['drift']['sentence']}") for c in changed)]
-    told += [("warning", lists["sentence"])] * lists["alarm"] + [("bad", s["sentence"]) for s in skew if s["features"]]
+    told += [("warning", lists["sentence"])] * lists["alarm"] + [("bad", s["sentence"]) for s in skew if s["features"]] + [("warning", embeddings["sentence"])] * embeddings["alarm"]
     verdict = max((v for v, _ in told), key=WORSE.index)
     loud = [t for t in sorted(told, key=lambda t: -WORSE.index(t[0])) if t[0] != "good"] or told[:1]
     sentence = " ".join(s if s.endswith(".") else f"{s}." for _, s in loud) if len(loud) > 1 else loud[0][1]
-    return said | dict(verdict=verdict, sentence=sentence, business=business, concept=concept, lists=lists, skew=skew)
+    return said | dict(verdict=verdict, sentence=sentence, business=business, concept=concept, lists=lists, skew=skew, embeddings=embeddings)
 
 # %% ../../nbs/7_monitoring/04_watch.ipynb #494cba7b
 def outcomes_run(ingested: str | Path, features: str | Path, candidates: str | Path, trained: str | Path, bundles: str | Path, out: str | Path, settings: Settings) -> dict:
     "Add to `out`/drift.json what `with_outcomes` says; returns the whole."
     said = with_outcomes(read_json(Path(out)/"drift.json"), business_run(ingested, settings), concept_run(ingested, settings.data_dir, settings),
-                         lists_run(ingested, features, candidates, trained, settings), skew_run(settings.data_dir, bundles, settings, moment_of(ingested)))
+                         lists_run(ingested, features, candidates, trained, settings), skew_run(settings.data_dir, bundles, settings, moment_of(ingested)),
+                         embeddings_run(features, candidates, settings, plan_of(settings, None)))
     write_json(Path(out)/"drift.json", said)
     return said

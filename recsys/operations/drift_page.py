@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'LAMP', 'PICTURES', 'ROWS', 'HEAD', 'ModelDrift', 'DriftReport', 'report_of', 'json_schema', 'effect_line',
-           'overlay', 'how_large', 'column_row', 'columns_table', 'body_of', 'html_of', 'read_model', 'some_rows',
-           'explained', 'plan_here', 'peak_mb', 'write_report', 'drift_report', 'where_of', 'kept_windows',
-           'asked_report', 'asked_block', 'week_block', 'heading', 'trend_frame', 'past_severities']
+           'overlay', 'how_large', 'spark', 'column_row', 'columns_table', 'body_of', 'html_of', 'read_model',
+           'some_rows', 'explained', 'plan_here', 'peak_mb', 'write_report', 'drift_report', 'where_of', 'kept_windows',
+           'bundles_report', 'asked_report', 'asked_block', 'compared_block', 'vectors_block', 'heading', 'trend_frame',
+           'past_severities', 'shop_columns', 'shop_cards', 'shop_blocks']
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #f35beaec
 import math, resource, shutil, time
@@ -21,8 +22,9 @@ from msgspec import Struct
 from ..core.files import atomic_file
 from ..core.settings import RecsysError, Settings, find_settings, load_settings
 from ..monitoring.drift import Column, Comparison, Histogram, Plan, Profile, judge, profile_of
+from ..monitoring.embeddings import bundles_compared
 from ..monitoring.profiles import Store, kept, load_profile, save_profile, shop_stores, window_of
-from ..monitoring.root_cause import Cause, cause_sentence, root_causes
+from ..monitoring.root_cause import Cause, cause_sentence, kept_causes, root_causes
 from ..monitoring.statistics import Table, measure
 from ..monitoring.watch import plan_of
 from .report import Block, cards, details, escape, headline, html_table, note, page, show
@@ -133,7 +135,18 @@ def _percent(x) -> str: return "–" if x is None else f"{x:.1%}"
 def _signed(x) -> str: return "–" if x is None else f"{100 * x:+.1f}".replace("-", "−")
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #a4ca127c
-def column_row(c: Column, pictures: bool = True, cause: Cause | None = None) -> list[str]:
+def spark(times: list[float], wide: int = 90, high: int = 22) -> str:
+    "Effects over their limits in past reports, the newest last, as inline SVG; the dashed line is the limit."
+    if len(times) < 2: return ""
+    top = max(1.2, *times)
+    x, y = (lambda i: 2 + i * (wide - 4) / (len(times) - 1)), (lambda v: 2 + (high - 4) * (1 - v / top))
+    says = f"{len(times)} reports: {times[0]:.2f} to {times[-1]:.2f} times the limit, at most {max(times):.2f}"
+    return (f'<svg viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img" aria-label="{escape(says)}"><title>{escape(says)}</title>'
+            f'<line x1="2" x2="{wide - 2}" y1="{y(1):.1f}" y2="{y(1):.1f}" stroke="var(--ink)" stroke-dasharray="2 2" stroke-width=".8"/>'
+            f'<polyline points="{" ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(times))}" fill="none" stroke="var(--c1)" stroke-width="1.5"/></svg>')
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #faade4a9
+def column_row(c: Column, pictures: bool = True, cause: Cause | None = None, past: list[float] = ()) -> list[str]:
     "The cells of one column."
     worst = f"{escape(cause.segment)} = {escape(cause.value[:40])}<span class='hint'>{cause.explained:.0%} of it{f', since {escape(cause.since)}' if cause.since else ''}</span>" if cause else "–"
     name = f"<b>{escape(c.name[:80])}</b><br><span class='hint'>{escape(c.kind)}</span>"
@@ -143,16 +156,16 @@ def column_row(c: Column, pictures: bool = True, cause: Cause | None = None) -> 
     weight = "–" if c.shap_share is None else f"{c.shap_share:.1%}<span class='hint'>{_signed(c.shap_share_delta)} points</span>"
     return [name, verdict, (effect_line(c) if pictures else "") + effect, overlay(c.histogram) if pictures else "", "–" if c.p_adjusted is None else "< 0.001" if c.p_adjusted < .001 else f"{c.p_adjusted:.3f}",
             show(c.psi, "{:.3f}"), show(c.ks, "{:.3f}"), f"{_percent(c.missing_current)}<span class='hint'>{_signed(c.missing_delta)} points</span>" if c.missing_delta is not None else "–",
-            _percent(c.unseen_share) + news, weight, worst]
+            _percent(c.unseen_share) + news, weight, worst, spark(past)]
 
 HEAD = [("column", False), ("verdict", False), ("effect, its interval, and the limit", False), ("reference thin, current thick", False), ("p of the whole report", True),
-        ("PSI", True), ("KS", True), ("missing", True), ("unseen", True), ("weight in the model", True), ("worst segment", False)]
+        ("PSI", True), ("KS", True), ("missing", True), ("unseen", True), ("weight in the model", True), ("worst segment", False), ("past reports", False)]
 
-# %% ../../nbs/9_operations/20_drift_page.ipynb #144db099
-def columns_table(columns: list[Column], caption: str, pictures: int = PICTURES, causes: list[Cause] = ()) -> str:
-    "Columns as an HTML table; figures that none of them has get no place in it."
+# %% ../../nbs/9_operations/20_drift_page.ipynb #de86ddda
+def columns_table(columns: list[Column], caption: str, pictures: int = PICTURES, causes: list[Cause] = (), past: dict[str, list[float]] = {}) -> str:
+    "Columns as an HTML table; figures that none of them has get no place in it. `past`: by column, effect over limit in past reports."
     blame = {c.column: c for c in causes}
-    rows = [column_row(c, i < pictures, blame.get(c.name)) for i, c in enumerate(columns[:ROWS])]
+    rows = [column_row(c, i < pictures, blame.get(c.name), past.get(c.name, ())) for i, c in enumerate(columns[:ROWS])]
     keep = [j for j in range(len(HEAD)) if j < 3 or any(r[j] not in ("", "–") for r in rows)]
     more = f"{len(columns) - ROWS:,} more columns are in report.json." if len(columns) > ROWS else ""
     return html_table(caption, [HEAD[j] for j in keep], [[r[j] for j in keep] for r in rows], more)
@@ -337,23 +350,41 @@ def _days(text: str) -> tuple[str, str]:
     return first, last
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #89e7ef33
-def kept_windows(reference: str, current: str, table: str, segment: str, version: str, settings: Settings) -> Comparison:
-    "Two windows of days, DAY..DAY, of the shop's own profiles."
+def kept_windows(reference: str, current: str, table: str, segment: str, version: str, settings: Settings) -> tuple[Comparison, list[Cause]]:
+    "Two windows of days, DAY..DAY, of the shop's own profiles: the comparison, and the segments to blame."
     stores = shop_stores(settings.data_dir, settings.data.dataset)
     if table not in stores or not (stores[table]/"frozen").exists(): raise RecsysError(f"no profiles of '{table}'", "drift", "there are events and served, once `recsys run` has kept some")
-    store, windows = Store(stores[table]), []
-    for text in (reference, current):
-        w = window_of(store, *_days(text), segment or None, version or None)
-        if w is None: raise RecsysError(f"nothing was kept of {text}{f', version {version}' if version else ''}", "drift", f"the days are {', '.join(kept(store)['day'].unique().sort()[[0, -1]].to_list())}")
+    store, windows, days = Store(stores[table]), [], [_days(text) for text in (reference, current)]
+    for text, span in zip((reference, current), days):
+        w = window_of(store, *span, segment, version or None)
+        if w is None:
+            have, what = kept(store), "".join(f", {k} {v}" for k, v in (("segment", segment), ("version", version)) if v)
+            raise RecsysError(f"nothing was kept of {text}{what}", "drift", f"the days are {', '.join(have['day'].unique().sort()[[0, -1]].to_list())}" + (f"; segments: {', '.join(have['segment'].unique().sort()[1:13])}" if segment else ""))
         windows.append(w)
-    return judge(Profile(store.frozen, windows[0], store.unit, store.buckets), windows[1], [], plan_of(settings, store.unit))
+    plan = plan_of(settings, store.unit)
+    found = judge(Profile(store.frozen, windows[0], store.unit, store.buckets), windows[1], [], plan)
+    return found, [] if segment or version else kept_causes(found.columns, store, *windows, *days, plan.alpha, plan.permutations, plan.seed)
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #77e27ca4
+def bundles_report(reference: Path, current: Path, settings: Settings) -> DriftReport:
+    "The item vectors of two bundles, as a report whose columns are what does not rotate."
+    found = bundles_compared(reference, current, plan_of(settings, None), settings.drift.neighbours_limit)
+    if found["comparison"] is None: raise RecsysError(found["sentence"].rstrip("."), f"{reference.name}, {current.name}", "compare versions of one shop")
+    r = report_of(msgspec.convert(found["comparison"], Comparison), reference.name, current.name)
+    r.alarm, r.sentence = found["alarm"], found["sentence"]
+    return r
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #fc8658ff
 def asked_report(reference: str, current: str, unit: str, model: str, segment: str, version: str, table: str, out: str | Path, settings: Settings) -> DriftReport:
-    "The report on two files or two windows of days, written to `out`."
+    "The report on two files, two windows of days or the item vectors of two bundles, written to `out`."
     if not current: raise RecsysError("only a reference was named", "drift", "name current, too")
+    if all((settings.resolve(p)/"manifest.json").exists() for p in (reference, current)):
+        r = bundles_report(settings.resolve(reference), settings.resolve(current), settings)
+        write_report(r, out)
+        return r
     if ".." in reference and not Path(reference).exists():
-        r = report_of(kept_windows(reference, current, table, segment, version, settings), reference, current)
+        found, causes = kept_windows(reference, current, table, segment, version, settings)
+        r = report_of(found, reference, current, causes=causes)
         write_report(r, out)
         return r
     return drift_report(settings.resolve(reference), settings.resolve(current), out, unit or None, settings.resolve(model) if model else None, where_of(segment, version))
@@ -364,10 +395,22 @@ def asked_block(r: DriftReport) -> Block:
     return Block(body_of(r), r.sentence)
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #52c398dd
-def week_block(title: str, comparison: dict) -> Block:
-    "What `week_report` found, from its plain values."
-    columns = msgspec.convert(comparison["columns"], list[Column])
-    return Block(note(f"{title}: {comparison['sentence']}").html + columns_table(columns, title), comparison["sentence"])
+def compared_block(title: str, comparison: dict, causes: list[dict] = ()) -> Block:
+    "What a comparison found, from its plain values: the sentence, who is to blame, and its columns."
+    columns, blame = msgspec.convert(comparison["columns"], list[Column]), msgspec.convert(list(causes), list[Cause])
+    said = "".join(note(cause_sentence(c)).html for c in blame)
+    return Block(note(f"{title}: {comparison['sentence']}").html + said + columns_table(columns, title, causes=blame), comparison["sentence"])
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #789fd4a5
+def vectors_block(found: dict) -> Block:
+    "What `embedding_drift` found: the sentence, what gives the new version away, categories, and the columns that do not rotate."
+    said = note(found["sentence"]).html
+    if found["comparison"] is None: return Block(said, found["sentence"])
+    n, t = found["items"], found["classifier"]
+    said += note(f"{n['both']:,} items in both versions, {n['new']:,} new, {n['gone']:,} gone; turned onto each other, an item's two vectors have a cosine of {found['aligned']:.3f} on average. Area of the classifier {t['auc']:.3f} ({t['low']:.3f} to {t['high']:.3f}; .5: versions cannot be told apart).").html
+    give = html_table("What gives the new version away", [("column", False), ("area lost without it", True)], [[escape(c["name"]), f"{c['loss']:.3f}"] for c in t["columns"][:6] if c["loss"] > 0])
+    worst = html_table("Neighbours lost, by category", [("category", False), ("items", True), ("lost", True)], [[escape(c["category"][:60]), f"{c['items']:,}", f"{c['lost']:.0%}"] for c in found["categories"][:6]]) if found["categories"] else ""
+    return Block(said + give + worst + columns_table(msgspec.convert(found["comparison"]["columns"], list[Column]), "What does not rotate, item by item"), found["sentence"])
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #b5d4931c
 def heading(text: str) -> Block:
@@ -387,3 +430,36 @@ def past_severities(reports: str | Path, most: int = 60) -> list[tuple[str, dict
     from recsys.operations.index import read_runs
     runs, _ = read_runs(Path(reports))
     return [(r.date, r.drift.severity) for r in runs[most - 1::-1] if r.drift and r.drift.severity]
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #08f7be58
+def shop_columns(said: dict) -> tuple[list[Column], list[Column]]: # those to look at, all others
+    "The columns of drift.json, with their weights: material ones and the eight of most impact, in order of impact, and the others."
+    columns, weight, impact = msgspec.convert(said["comparison"]["columns"], list[Column]), {a["name"]: a for a in said["attribution"]}, {i["name"]: i["impact"] or 0 for i in said["impact"]}
+    for c in columns:
+        if a := weight.get(c.name): c.shap_share, c.shap_share_delta = a["share_before"], a["share_delta"]
+    columns.sort(key=lambda c: (c.verdict != "material", -impact.get(c.name, 0), c.name))
+    most = sum(c.verdict == "material" for c in columns) + 8
+    return columns[:most], columns[most:]
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #6d351815
+def shop_cards(said: dict) -> list[tuple]:
+    "Six figures of drift.json."
+    columns, b = said["comparison"]["columns"], said["business"]["figures"]
+    moved, share = [c["name"] for c in columns if c["verdict"] == "material"], {a["name"]: a["share_before"] for a in said["attribution"]}
+    broken, same = [f["name"] for f in b if f["verdict"] == "breached"], [s["identical"] for s in said["skew"] if s["identical"] is not None]
+    changed = sum(bool(f["since"]) for c in said["concept"] if c["drift"] for f in c["drift"]["findings"])
+    return [("Moved materially", f"{len(moved)} of {len(columns)}", "inputs and the score"), ("Their weight", f"{sum(share.get(n, 0) for n in moved):.0%}", "share of mean |SHAP|"),
+            ("Order of the inputs", f"{said['attribution_ndcg']:.3f}", "NDCG; 1 is unchanged, below .9 alarms"), ("Guardrails", f"{len(b) - len(broken)} of {len(b)} hold", ", ".join(broken[:3]) or "of the shop's figures"),
+            ("Served as learnt", "–" if not same else f"{min(same):.1%}", "rows, to the bit" if same else "no list with features"), ("What follows a score", f"{changed} changed" if said["concept"] else "–", "streams of outcomes" if said["concept"] else "no impressions")]
+
+# %% ../../nbs/9_operations/20_drift_page.ipynb #42902cd0
+def shop_blocks(said: dict, runs: list[tuple[str, dict]] = ()) -> list[Block]:
+    "The head and the table of the shop's report; `runs`: of `past_severities`."
+    loud, quiet, w = *shop_columns(said), said["windows"]
+    causes, past = msgspec.convert(said["causes"], list[Cause]), {}
+    for _, severity in [*runs, (w["current"], said["severity"])]:
+        for name, times in severity.items(): past.setdefault(name, []).append(times)
+    rest = f"{len(quiet)} other columns"
+    return [headline(said["verdict"], said["sentence"], f"Reference: everybody's list as of {w['reference']}, when the model was measured; current: as of {w['current']}; {len(w['past'])} earlier windows say what is ordinary", *map(cause_sentence, causes)),
+            cards(shop_cards(said)), Block("<h2>What moved, in order of what it does to the model</h2>" + columns_table(loud, "Material changes, then what else has most impact", causes=causes, past=past), "What moved"),
+            Block(details(rest, note("In order of their impact, too.")).html.replace("</details>", columns_table(quiet, "Other columns", max(0, PICTURES - len(loud)), past=past) + "</details>"), rest)]

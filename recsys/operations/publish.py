@@ -23,8 +23,8 @@ from ..serving.engine import Answer, Engine, Request, recommend
 
 # %% ../../nbs/9_operations/08_publish.ipynb #ae478f03
 def version_of(folders: dict[str, Path], day: str, rules: Path | None = None) -> str:
-    "Day and 8 digits over the steps' folders and the file of rules, e.g. 20180102-3f2a91c0."
-    return f"{day.replace('-', '')}-{digest(sorted(p.name for p in folders.values()), *([file_digest(rules)] if rules else []))[:8]}"
+    "Day and 8 digits over the steps' folders (a new report on drift is no new version) and the file of rules, e.g. 20180102-3f2a91c0."
+    return f"{day.replace('-', '')}-{digest(sorted(p.name for n, p in folders.items() if n != 'drift'), *([file_digest(rules)] if rules else []))[:8]}"
 
 # %% ../../nbs/9_operations/08_publish.ipynb #a9922d05
 def trial_questions(state, bundle: Bundle) -> dict[str, Request]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'Step', 'jobs_folder', 'package_folder', 'steps_folder', 'bundles_folder', 'declared_parameters',
-           'checked_parameters', 'fingerprint', 'execute', 'run_step', 'run_lock', 'plan', 'copy_pages', 'remove',
-           'do_step', 'run', 'prune', 'run_job']
+           'checked_parameters', 'fingerprint', 'execute', 'run_step', 'run_lock', 'served_digest', 'plan',
+           'copy_pages', 'remove', 'do_step', 'run', 'prune', 'run_job']
 
 # %% ../../nbs/9_operations/04_runner.ipynb #68cef437
 import fcntl, json, os, shutil, threading, time
@@ -19,6 +19,7 @@ import recsys
 from ..core.files import atomic_dir, atomic_file, code_digest, digest, file_digest, full_disk_is_clear, read_json, sweep, write_json
 from ..core.jobs import clear_progress, read_progress
 from ..core.settings import RecsysError, Settings, as_dict
+from ..data.shown import shown_files
 
 # %% ../../nbs/9_operations/04_runner.ipynb #769c4d9e
 class Step(Struct, frozen=True):
@@ -27,6 +28,7 @@ class Step(Struct, frozen=True):
     parents: tuple[str, ...] = ()  # steps whose folders it reads, each a parameter of that name
     sections: tuple[str, ...] = () # sections of settings.ini that it reads
     files: tuple[tuple[str, str], ...] = () # keys (section, key) that name a file which it reads, or nothing
+    served: bool = False           # it reads the log of what was served
 
 STEPS = (
     Step("ingest", (), ("data",)),
@@ -35,7 +37,7 @@ STEPS = (
     Step("candidates", ("features",), ("data", "candidates", "index", "embeddings", "run")),
     Step("train", ("features", "candidates"), ("data", "candidates", "ranker", "evaluation", "run")),
     Step("evaluate", ("features", "candidates", "train"), ("data", "candidates", "evaluation", "run"), (("serving", "rules"),)),
-    Step("drift", ("ingest", "features", "candidates", "train"), ("data", "candidates", "drift", "business", "evaluation", "run")),
+    Step("drift", ("ingest", "features", "candidates", "train"), ("data", "candidates", "drift", "business", "evaluation", "run"), served=True),
     Step("publish", ("ingest", "features", "candidates", "train", "evaluate", "drift"), ("candidates",), (("serving", "rules"),)))
 
 # %% ../../nbs/9_operations/04_runner.ipynb #e15e279f
@@ -178,9 +180,14 @@ def run_lock(data: Path):
         yield
 
 # %% ../../nbs/9_operations/04_runner.ipynb #6072ebc4
-def plan(step: Step, settings: Settings, date: str, source: str, done: dict[str, str]) -> str:
-    "Fingerprint of `step`; `done`: fingerprints of the steps before it, `source`: digest of the source files."
+def served_digest(data_dir: Path, moment: str) -> str:
+    "A digest of what was served up to the day of `moment` (ISO): of the log's files and their sizes, since they only grow."
+    return digest([(p.parent.name, p.name, p.stat().st_size) for p in shown_files(data_dir) if p.parent.name <= f"day={moment[:10]}"])
+
+def plan(step: Step, settings: Settings, date: str, source: str, done: dict[str, str], folders: dict[str, Path]) -> str:
+    "Fingerprint of `step`; `done`, `folders`: fingerprints and folders of the steps before it, `source`: digest of the source files."
     own = dict(date=date, source=source) if not step.parents else {}
+    if step.served: own = dict(served=served_digest(settings.data_dir, read_json(folders["ingest"]/"ingest.json")["moment"]))
     return fingerprint(step, {p: done[p] for p in step.parents}, own, settings)
 
 def copy_pages(folder: Path, pages: Path):
@@ -219,7 +226,7 @@ def run(settings: Settings, date: str = "", records: dict | None = None, say=lam
         roll_log(settings.data_dir)                             # what came since is a change of the source
         source = source_digest(settings.data.dataset, Path(settings.file).parent, settings.data_dir)
         for step in steps:
-            mark = plan(step, settings, date, source, done)
+            mark = plan(step, settings, date, source, done, folders)
             folder = steps_folder(settings)/f"{step.name}-{mark}"
             say("start", step, None)
             records[step.name] = dict(name=step.name, status="failed", page=f"{step.name}.html")
