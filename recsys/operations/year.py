@@ -138,7 +138,8 @@ def worth_of(person, buying, shelf, people, knobs, out):
 # %% ../../nbs/9_operations/31_year.ipynb #ce6e293c
 def visits_of(w: SimpleNamespace, day: int) -> list[tuple[int, int, int]]: # hour (of the plan's), person, buying
     "Who comes on a day, in order; the same whatever was sold before."
-    w.done = w.per_cycle * w.planned
+    w.done = w.events * day / w.plan.total # as planned, whatever visits of ours have written
+    w.planned = w.done / w.per_cycle
     when, who, kind = _slice(w, day, 0, 1)
     share = (when - w.start_us) / 864e8 - day
     return [(min(int(s * w.plan.hours), w.plan.hours - 1), int(p), int(k)) for s, p, k in zip(share, who, kind)]
