@@ -6,7 +6,7 @@
 __all__ = ['chances_of', 'Arm', 'arms_of', 'bandit_units', 'tell_shares', 'Shares', 'reshare', 'reshare_all']
 
 # %% ../../nbs/8_experiments/10_shares.ipynb #6bae720f
-import json, os
+import json
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from ..core.files import read_json, write_json
+from ..core.files import journal, read_json, write_json
 from ..core.settings import RecsysError, Settings
 from ..data.events import read_events
 from ..data.identity import NO_LINKS, person
@@ -86,12 +86,7 @@ def bandit_units(e: Experiment, ingested: Path, settings: Settings) -> pl.DataFr
 
 def tell_shares(data_dir: Path, name: str, shares: list[float], now: datetime):
     "Append the shares of an experiment, durably."
-    path = shares_file(data_dir); path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(dict(name=name, at=now.isoformat(), shares=shares)).encode()
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"\n", b"") # a line cut short by a crash must not swallow this one
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try: os.write(fd, (b"" if whole else b"\n") + line + b"\n"); os.fsync(fd)
-    finally: os.close(fd)
+    with journal(shares_file(data_dir)) as (_, add): add(json.dumps(dict(name=name, at=now.isoformat(), shares=shares)).encode())
 
 # %% ../../nbs/8_experiments/10_shares.ipynb #f62a9bc1
 class Shares(Struct, frozen=True):

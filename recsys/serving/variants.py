@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ..core.files import read_journal
 from ..core.settings import RecsysError
 from ..ranking.rules import read_rules
 from .assignment import Book, Choice, Experiments, Exposures, NO_EXPERIMENTS, Variant, _check, assign, book_of, read_experiments, team_draft
@@ -59,7 +60,7 @@ def shares_file(data_dir: str | Path) -> Path: return Path(data_dir)/"experiment
 def read_shares(path: Path | None) -> dict[str, tuple[float, ...]]:
     "Experiment → shares of its variants, sum 1, as its last sound line says."
     found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path and path.exists() else ():
+    for line in read_journal(path) if path else ():
         try: said = json.loads(line); name, shares = said["name"], tuple(map(float, said["shares"]))
         except (ValueError, TypeError, KeyError): continue
         if shares and all(0 <= s <= 1 for s in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6): found[name] = shares
