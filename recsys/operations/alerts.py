@@ -171,10 +171,13 @@ def answer(settings: Settings, id: str, act_: str, why: str = "", by: str = "", 
         return act(c.id, act_, by=by or getpass.getuser(), why=why, until=until)
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #13306db5
-def words(settings: Settings) -> dict[str, str]:
-    "{key: approved, vetoed or false} of what is open."
-    said = {c.alert.key: "false" if c.label == "false" else c.answer for c in read_cases(settings).values() if not c.closed}
-    return {k: w for k, w in sorted(said.items()) if w in ("approved", "vetoed", "false")}
+def words(settings: Settings, now: datetime | None = None) -> dict[str, tuple[str, str]]:
+    "{key: (approved, vetoed or false; the worst severity that it was said of)}."
+    since, said = _moment(_now(now)) - timedelta(hours=settings.alerts.reopen_hours), {}
+    for c in read_cases(settings).values():
+        word = "false" if c.label == "false" else c.answer if c.answer != "acknowledged" else ""
+        if not c.closed or _moment(c.closed) >= since: said[c.alert.key] = (word, c.worst)
+    return {k: w for k, w in sorted(said.items()) if w[0]}
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #72bdb118
 def tend(settings: Settings, now: datetime | None = None) -> list[Case]:
