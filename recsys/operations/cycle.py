@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..core.files import read_json, write_json
 from ..core.settings import RecsysError, Settings
-from .publish import still_published
-from .runner import bundles_folder, run
+from .gate import read_gate
+from .publish import Refused, release, still_judged
+from .runner import run
 
 # %% ../../nbs/9_operations/05_cycle.ipynb #c40e3544
 class Regression(RecsysError):
@@ -46,12 +47,15 @@ def _figures(records: dict) -> dict:
         q = read_json(at["evaluate"]/"evaluation.json")["questions"]
         said |= {key: {n: v[key] for n, v in q.items()} for key in ("metrics", "baselines", "waterfall", "against", "best_baseline")}
     if "drift" in at: said["drift"] = {k: v for k, v in read_json(at["drift"]/"drift.json").items() if k in ("verdict", "sentence", "material", "severity")}
-    if "publish" in at: said["version"] = read_json(at["publish"]/"publish.json")["version"]
+    if "publish" in at:
+        g = read_gate(at["publish"])
+        said |= dict(version=g.challenger, gate=dict(verdict=g.verdict, champion=g.champion, failed=[c.name for c in g.checks if not c.passed]))
     return said
 
 def _headline(status: str, figures: dict, metric: str, error: Exception | None) -> dict:
     "Verdict and first sentence of the run."
     if error and status == "failed": return dict(verdict="bad", sentence=f"The run stopped: {error}")
+    if status == "refused": return dict(verdict="bad", sentence=f"Nothing new is served: {error}")
     lines = [comparison_line(q, {k: figures[k][q] for k in ("metrics", "baselines", "against", "best_baseline")}, metric) for q in figures["metrics"]]
     if status == "regression": return dict(verdict="bad", sentence="No better than the best baseline. " + "; ".join(lines))
     drift = figures.get("drift", {})
@@ -85,23 +89,24 @@ def parse_date(text: str) -> str:
 def cycle(settings: Settings, date: str = "", allow_regression: bool = False, say=lambda kind, step, said: None) -> dict:
     "Run all steps up to `date`, write run.json and the index, give the account. Raises what a step, or the gate, raised."
     from recsys.operations.index import write_index
-    date, started, clock, records, error = parse_date(date), datetime.now(timezone.utc), time.time(), {}, None
+    date, started, clock, records, released, error = parse_date(date), datetime.now(timezone.utc), time.time(), {}, [], None
     metric = f"ndcg@{settings.evaluation.cutoffs[0]}"
     def gate(step, folders):
         if step.name == "publish" and not allow_regression: check_gate(read_json(folders["evaluate"]/"evaluation.json"), metric, settings.evaluation.min_cases)
-    def in_force(step, folder): return step.name != "publish" or still_published(folder, bundles_folder(settings))
-    try: run(settings, date, records, say, gate, in_force)
+    def in_force(step, folder): return step.name != "publish" or still_judged(folder, settings, allow_regression)
+    def after(records): released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression))
+    try: run(settings, date, records, say, gate, in_force, after)
     except Exception as e: error = e
     if not records and error: raise error
     figures = _figures(records)
     lost = "metrics" in figures and any(figures["against"][q][figures["best_baseline"][q]]["low"] <= 0 for q in figures["metrics"])
     before = run_before(settings.reports_dir, started.isoformat(timespec="seconds"))
-    status = "regression" if lost and (not error or isinstance(error, Regression)) else "failed" if error else "ok"
+    status = "refused" if isinstance(error, Refused) else "regression" if lost and (not error or isinstance(error, Regression)) else "failed" if error else "ok"
     label = date or (read_json(Path(records["ingest"]["folder"])/"ingest.json")["moment"][:10] if "folder" in records.get("ingest", {}) else "latest")
     steps = [{k: r.get(k) for k in ("name", "status", "seconds", "peak_rss_mb", "page")} for r in records.values()]
     account = figures | dict(date=label, status=status, headline=_headline(status, figures, metric, error), started=started.isoformat(timespec="seconds"),
                              seconds=round(time.time() - clock, 1), peak_rss_mb=max([s["peak_rss_mb"] or 0 for s in steps] or [0]), steps=steps)
-    account["headline"]["sentence"] = " ".join(filter(None, (account["headline"]["sentence"], what_changed(account, before, metric))))
+    account["headline"]["sentence"] = " ".join(filter(None, (account["headline"]["sentence"], *(f"{r[0].upper()}{r[1:]}." for r in released), what_changed(account, before, metric))))
     write_json(settings.reports_dir/"runs"/label/"run.json", account)
     write_index(settings.reports_dir)
     if error: raise error
