@@ -32,13 +32,24 @@ class _Steps:
             for t in list(self.bars.task_ids): self.bars.remove_task(t)
             self.task = self.bars.add_task(f"{step.name:<11}", total=None, name="")
         elif kind == "progress": self.bars.update(self.task, completed=said["done"], total=said["total"], name=said["name"])
+        elif kind == "retry": self.console.print(f"{step.name:<11} {said['error']}: again in {said['seconds']:g} s", markup=False, soft_wrap=True)
         elif kind == "end": self.console.print(_line(step, said))
 
 # %% ../../nbs/9_operations/07_cli.ipynb #6eee4926
+def _backfill(a, settings):
+    from collections import Counter
+    from recsys.core.settings import RecsysError
+    from recsys.operations.cycle import backfill
+    if a.date or a.json: raise RecsysError("--backfill has days of its own", "--date, --json", "leave them out")
+    with _Steps() as steps: said = backfill(settings, *a.backfill, a.allow_regression, steps.say, lambda day, text: steps.console.print(f"{day}: {text}", markup=False, soft_wrap=True))
+    print(f"{len(said)} days: " + ", ".join(f"{n} {status}" for status, n in sorted(Counter(said.values()).items())))
+    return 2 if {"regression", "refused"} & {*said.values()} else 0
+
 def _run(a):
     from recsys.core.files import write_json
     from recsys.operations.cycle import cycle
     settings = _settings_of(a)
+    if a.backfill: return _backfill(a, settings)
     with _Steps() as steps: account = cycle(settings, a.date, a.allow_regression, steps.say)
     if a.json: write_json(a.json, {k: v for k, v in account.items() if k not in ("headline",)})
     print(f"{account['headline']['sentence']}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {settings.reports_dir/'index.html'}")
@@ -513,6 +524,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="what a column means, if it is not recognised, e.g. item_id=number; may be repeated"); c.add_argument("--overwrite", action="store_true", help="replace shop.toml and settings.ini of DIR")
     c = command("run", _run, "the daily cycle: ingest, validate, features, candidates, train, evaluate, drift, publish")
     c.add_argument("--date", default="", metavar="DAY", help="the moment: nothing on or after this day is seen (default: the end of the data)")
+    c.add_argument("--backfill", nargs=2, metavar=("FROM", "TO"), help="one run for each of these days that is not done yet")
     c.add_argument("--json", metavar="FILE", help="write the run's figures")
     c.add_argument("--allow-regression", action="store_true", help="publish even if the best baseline was not beaten")
     c.add_argument("--dataset", choices=("simulated",), help="a made-up shop, in a project of its own below this folder"); c.add_argument("--small", action="store_true", help="of the simulated shop: one that takes a few minutes")

@@ -64,7 +64,7 @@ def difference_check(name: str, ours: np.ndarray, theirs: np.ndarray, users: np.
     d = paired_bootstrap(ours, theirs, users, e.bootstrap_samples, settings.run.seed)
     by = abs(mean) or 1.0
     value, low, high = d.difference / by, d.low / by, d.high / by
-    return Check(name, accepted(value, high, margin), value, -margin, f"{value:+.1%} ({low:+.1%} to {high:+.1%}) on {mean:.4f} of the champion, {len(ours):,} cases; a loss of {margin:.0%} is accepted", low, high)
+    return Check(name, accepted(value, high, margin), value, -margin, f"{value:+.1%} ({low:+.1%} to {high:+.1%}) on {abs(mean):.4f} of the champion, {len(ours):,} cases; a loss of {margin:.0%} is accepted", low, high)
 
 # %% ../../nbs/9_operations/29_gate.ipynb #4311e8d0
 def case_losses(s: Survey, n: int) -> np.ndarray: # float [n], nan without candidates
@@ -162,7 +162,7 @@ def _fits(champion: Bundle, challenger: Bundle) -> bool: return champion.ranker.
 def verdict_of(checks: list[Check], challenger: str, champion: str | None) -> Gate:
     "Passed only if every check is."
     lost = [c for c in checks if not c.passed]
-    if lost: return Gate("refused", "; ".join(f"{c.name}: {c.said}" for c in lost), challenger, champion, checks)
+    if lost: return Gate("refused", "; ".join(f"{c.name}: {c.said}" for c in lost[:2]) + (f"; and {len(lost) - 2} more" if lost[2:] else ""), challenger, champion, checks)
     return Gate("passed" if champion else "first", f"{len(checks)} checks passed" + (f" against {champion}" if champion else "; there is no version to compare with"), challenger, champion, checks)
 
 def compare(champion: Bundle | None, challenger: Bundle, settings: Settings, folders: dict[str, Path], on_step=lambda name: None) -> Gate:
