@@ -313,6 +313,7 @@ def run(settings: Settings, date: str = "", records: dict | None = None, say=lam
             after(records)
         finally:
             if records: write_manifest(settings.reports_dir/"runs"/label, settings, date, source, started, done, records, steps)
+        sweep(steps_folder(settings)) # the kernel of a killed run lives a moment longer, and may have written into what was swept
         prune(settings); prune_pages(settings)
     return records
 
