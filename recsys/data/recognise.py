@@ -172,17 +172,26 @@ def _written(s: Sheet) -> dict:
     if t.separator and t.separator != ("\t" if s.files[0].lower().removesuffix(".gz").endswith(".tsv") else ","): said["separator"] = t.separator
     return said | (dict(encoding=t.encoding) if t.encoding != "utf-8" else {})
 
+def _like(s: Sheet, like: str, section: str) -> dict:
+    "A section that leaves the columns to a preset, and how its table is written to nobody."
+    usual, said = PRESETS[like][section], _written(s)
+    if s.table.separator and s.table.separator != usual.get("separator", ","): said["separator"] = s.table.separator
+    elif s.table.separator == usual.get("separator"): said.pop("separator", None)
+    ending = Path(s.files[0].lower().removesuffix(".gz")).suffix
+    if "format" in usual and not s.table.format: said["format"] = "parquet" if ending in (".parquet", ".pq") else "jsonl"
+    return said | dict(like=like)
+
 def known_layout(sheets: list[Sheet]) -> Proposal | None:
     "The proposal for a layout that a preset knows; None if there is none."
     alike = [s for s in sheets if guess(s.columns)]
     if not alike: return None
     events, like = alike[0], guess(alike[0].columns)
     rivals = [s for s in alike[1:] if guess(s.columns) == like]
-    sections, names = {"events": _written(events) | dict(like=like)}, [f for s in sheets for f in s.files]
+    sections, names = {"events": _like(events, like, "events")}, [f for s in sheets for f in s.files]
     used = [events]
     for section in ("items", "users"):
         if not (s := _companion(like, section, events, sheets)): continue
-        sections[section] = _written(_of_the_same(s, events, rivals, names) if rivals else s) | dict(like=like)
+        sections[section] = _like(_of_the_same(s, events, rivals, names) if rivals else s, like, section)
         used.append(s)
     if tree := next((s for s in sheets if {*s.columns} == {"categoryid", "parentid"}), None):
         if "items" in sections: sections["items"]["tree"] = dict(path=tree.table.path); used.append(tree)
@@ -387,9 +396,14 @@ def unknown_layout(sheets: list[Sheet], folder: Path, said: dict[str, str], ask=
     for section, key in (("items", "item_id"), ("users", "user_id")):
         if made := _other(section, key, s, m, sheets, folder): sections[section] = made[0]; seen.append(made[1])
     doubts += [d for d in (doubt, "times without a zone are taken for UTC: say timezone = \"Europe/Berlin\" in [events] if they are not"
-        if not times.get("ts_unit") and getattr(s.rows[m["ts"]].dtype, "time_zone", None) is None else "") if d]
+        if not _zoned(s.rows[m["ts"]], times) else "") if d]
     if custom: doubts.append(f"acts that are none of ours are kept, but nothing is learnt from them: {', '.join(custom[:8])}")
     return Proposal(sections, seen, doubts, None, custom)
+
+def _zoned(x: pl.Series, times: dict) -> bool:
+    "Whether a column's times say their zone."
+    if x.dtype == pl.String and "ts_unit" not in times: return bool(x.drop_nulls().str.contains(r"(Z|UTC|GMT|[+-]\d\d:?\d\d)\s*$").all())
+    return "ts_unit" in times or bool(getattr(x.dtype, "time_zone", None))
 
 def _other(section: str, key: str, s: Sheet, m: dict, sheets: list[Sheet], folder: Path) -> tuple[dict, str] | None:
     "The section about products or people, and a sentence."

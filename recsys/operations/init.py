@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SMALL', 'with_values', 'check_free', 'write_project', 'aims', 'windows', 'counted', 'facts', 'faults',
-           'all_checks', 'first_types', 'Made', 'make_project', 'in_demand', 'regular', 'simulated_project',
-           'ask_on_terminal', 'columns_said', 'told']
+           'alike', 'all_checks', 'first_types', 'Made', 'make_project', 'in_demand', 'regular', 'keen_shop',
+           'simulated_project', 'tiny_shop', 'tiny_version', 'ask_on_terminal', 'columns_said', 'told']
 
 # %% ../../nbs/9_operations/33_init.ipynb #76d89ffa
 import os, re
@@ -92,10 +92,16 @@ def facts(said: dict, clock=None) -> list[str]:
 
 def faults(said: dict, checks: list) -> list[str]:
     "What is wrong, in sentences."
-    lines = [f"{n:,} rows set aside: {why}" for why, n in sorted(said["quarantine_reasons"].items(), key=lambda a: -a[1])[:6]]
-    lines += [f"{n:,} events are in but not learnt from: {flag}" for flag, n in said["flagged"].items()]
+    lines = [f"{counted(n, 'row')} set aside: {why}" for why, n in sorted(said["quarantine_reasons"].items(), key=lambda a: -a[1])[:6]]
+    if said.get("alike"): lines.append(f"{counted(said['alike'], 'event')} like another one, by the same visitor at the same time: kept, since a second piece looks the same; map event_id if the files have one")
+    lines += [f"{counted(n, 'event')} in but not learnt from: {flag}" for flag, n in said["flagged"].items()]
     lines += [f"{n:,}: {remark}" for remark, n in said["remarks"].items()]
     return lines + [f"{c.name}: {c.value:.3g}, {'at most' if c.value > c.limit else 'at least'} {c.limit:.3g} would be good ({c.meaning})" for c in checks if c.outcome != "ok"]
+
+def alike(events: Path) -> int:
+    "Ingested events that equal an earlier one in visitor, act, product, price and time."
+    days = (pl.scan_parquet(f, hive_partitioning=False).select("ts", "visitor_id", "event_type", "item_id", "price", "order_id").collect() for f in sorted(events.glob("day=*/events.parquet")))
+    return sum(d.height - d.n_unique() for d in days)
 
 def all_checks(seen: Seen, said: dict, items: pl.DataFrame, s: Settings) -> list:
     "What validate will ask."
@@ -143,7 +149,7 @@ def make_project(folder: str | Path, into: str | Path | None = None, said: dict[
 
 def _fitted(made: Made, usual: str, start: dict, project: Path) -> Made:
     "`made` with what was found in the ingested events, and with windows that fit them."
-    said, seen = read_json(made.ingested/"ingest.json"), look(made.ingested/"events", made.settings)
+    said, seen = read_json(made.ingested/"ingest.json") | dict(alike=alike(made.ingested/"events")), look(made.ingested/"events", made.settings)
     bought = {d: n for d, n in zip(seen.days["day"], seen.days["bought"]) if n}
     made.facts = facts(said, with_preset(read_mapping(project/"shop.toml").events, "events", None).clock)
     try: fit = windows(bought, date.fromisoformat(said["moment"][:10]), made.settings) if bought else {}
@@ -177,17 +183,54 @@ SMALL = dict(features=dict(windows_days="7, 14, 30", history_items=50, recent_it
     candidates=dict(neighbours=30, per_source=60, budget=150, segments=4), ranker=dict(snapshots=2, negatives=20, trees=80, early_stopping_rounds=10, min_rows_in_leaf=20),
     evaluation=dict(test_days=14, validation_days=14, bootstrap_samples=200), drift=dict(permutations=199, shap_rows=300))
 
+def keen_shop():
+    "A simulated shop of which much can be learnt from little."
+    from recsys.data.simulator import Shop, usual_marginals
+    return Shop(marginals=usual_marginals(pace_days=9, spread=.4, head=.6, more=.55), taste=2.5, wander=.1, impression_share=.3, browsing=.6, drift=.05)
+
 def simulated_project(project: str | Path, small: bool) -> Settings:
     "The project of a simulated shop; made if it is not there."
-    from recsys.data.simulator import Shop, simulate, usual_marginals
+    from recsys.data.simulator import simulate
     project, usual = Path(project), shipped("settings.ini").read_text(encoding="utf-8")
     if (project/"settings.ini").exists(): return load_settings(project/"settings.ini")
-    keen = Shop(marginals=usual_marginals(pace_days=9, spread=.4, head=.6, more=.55), taste=2.5, wander=.1, impression_share=.3, browsing=.6, drift=.05)
     if not (project/"simulated").exists():
-        if small: simulate(project/"simulated", 150_000, 7, items=400, days=100, shop=keen)
+        if small: simulate(project/"simulated", 150_000, 7, items=400, days=100, shop=keen_shop())
         else: simulate(project/"simulated", 1_000_000, 7, days=180)
     changes = SMALL if small else {}
     return write_project(project, {"settings.ini": with_values(usual, changes | dict(data=dict(dataset="simulated/simulated.toml")))})
+
+# %% ../../nbs/9_operations/33_init.ipynb #b37fc3f3
+def tiny_shop(project: str | Path, events: int = 40_000) -> Settings:
+    "A project with a version, made current, of a simulated shop of two hundred products; its steps lie where `recsys run` puts them."
+    from datetime import datetime, timezone
+    from recsys.candidates.build import build_candidates
+    from recsys.core.files import atomic_dir
+    from recsys.data.ingest import ingest
+    from recsys.data.simulator import simulate
+    from recsys.features.build import build_features
+    from recsys.ranking.train import train_ranker
+    project, usual, nothing = Path(project), shipped("settings.ini").read_text(encoding="utf-8"), lambda *a: None
+    s = write_project(project, {"settings.ini": with_values(usual, SMALL | dict(data=dict(dataset="simulated/simulated.toml")))})
+    simulate(project/"simulated", events, 7, items=200, days=80, shop=keen_shop())
+    at = {n: steps_folder(s)/f"{n}-tiny" for n in ("ingest", "features", "candidates", "train")}
+    with atomic_dir(at["ingest"]) as out: ingest(s.data.dataset, out, None, datetime.now(timezone.utc), s.data.session_gap_minutes, s.data.clock_skew_minutes, s.data.max_quarantine_share, project)
+    with atomic_dir(at["features"]) as out: build_features(at["ingest"], out, s)
+    with atomic_dir(at["candidates"]) as out: build_candidates(at["features"], out, s, nothing)
+    with atomic_dir(at["train"]) as out: train_ranker(at["features"], at["candidates"], out, s, nothing)
+    tiny_version(s, "tiny")
+    return s
+
+def tiny_version(s: Settings, version: str) -> Path:
+    "The steps of a `tiny_shop` as a version of this name, made current; its folder."
+    from recsys.features.build import day_of, read_moments
+    from recsys.operations.runner import bundles_folder
+    from recsys.serving.bundle import promote, write_bundle
+    at = {n: steps_folder(s)/f"{n}-tiny" for n in ("features", "candidates", "train")}
+    day = day_of(read_moments(at["features"]).now)
+    folder = write_bundle(bundles_folder(s), version, [at["features"]/day, at["candidates"]/day], at["train"]/"ranker.txt", pl.read_parquet(at["features"]/"catalogue.parquet"),
+        pl.read_parquet(at["features"]/"users.parquet")["user_id"], dict(moment=day, dataset="simulated"))
+    promote(bundles_folder(s), version)
+    return folder
 
 # %% ../../nbs/9_operations/33_init.ipynb #17362b28
 def ask_on_terminal(question: str, columns: list[str]) -> str | None:
