@@ -1,5 +1,5 @@
 "The pages in a real browser: on a phone and a desk, in light and dark; nothing fails, nothing leaves the machine, nothing is unreadable or without a name."
-import re, shutil, subprocess
+import os, re, shutil, subprocess
 
 import pytest
 from shop import COMMAND
@@ -87,7 +87,8 @@ def test_a_page_is_walked_by_keyboard(daily, visit):
 @pytest.fixture(scope="module")
 def storefront(daily):
     "The address of a service over the shop's own bundle."
-    p = subprocess.Popen([COMMAND, "serve", "--port", "0"], cwd=daily.copy, stdout=subprocess.PIPE, text=True)
+    busy = dict(RECSYS_SERVING_SHED_MS="60000", RECSYS_SERVING_REFUSE_MS="120000") # however busy the machine is, the lists are whole
+    p = subprocess.Popen([COMMAND, "serve", "--port", "0"], cwd=daily.copy, stdout=subprocess.PIPE, text=True, env=os.environ | busy)
     try:
         line = p.stdout.readline()
         assert line.startswith("serving "), line
@@ -143,3 +144,33 @@ def test_what_is_wrong_is_said_in_words_and_text_stays_text(storefront, visit):
     page.unroute("**/v1/recommend"); v.wrong.clear()
     page.get_by_role("button", name="Be that user").click(); said(page, "You are a stranger")
     assert page.get_by_role("alert").is_hidden(); v.look()
+
+# ---- why this list
+
+@pytest.mark.parametrize("size, scheme", VIEWS)
+def test_from_a_list_to_its_reasons_and_to_what_would_change_them(storefront, visit, size, scheme):
+    v = visit(size, scheme); page = v.page
+    page.goto(storefront)
+    page.get_by_label("A user of the shop").fill("c7"); page.keyboard.press("Enter"); said(page, "You are c7 now")
+    given = names(page)
+    page.get_by_role("link", name="Why this list?").click()
+    told = said(page, "sources proposed")
+    listed = lambda: page.locator("#list .name").all_inner_texts()
+    assert listed() == given and "Compared with what was given: the same items" in told
+    assert page.locator("#sources tr").count() == int(told.split()[0]) and page.locator("#passed tr").count() == 10
+    for summary in page.locator("#list summary").all()[1:3]: summary.click()
+    assert page.locator("#list details[open] tbody tr").count() == 24; v.look()
+    page.locator("#list").get_by_role("checkbox").first.focus(); page.keyboard.press("Space"); said(page, "places are new")
+    assert page.evaluate("document.activeElement.checked")
+    assert given[0] not in listed() and listed()[:9] == given[1:]
+    page.locator("#n").fill("5"); page.locator("#told", has_text="; 5 are on the list").wait_for()
+    assert len(listed()) == 5; v.look()
+    page.locator("#diversity").fill("0.8"); said(page, "Rules touched")
+    assert page.locator("#list", has_text="rule: diversity").count() == 1 and listed() != given[1:6]
+    page.get_by_role("button", name="Back to how it was").click(); said(page, "the same items")
+    assert listed() == given; v.look()
+
+def test_a_list_that_nobody_was_given_is_said_to_be_unknown(storefront, visit):
+    v = visit(); v.page.goto(storefront + "/why/never-given")
+    v.page.get_by_role("alert").filter(has_text="no list with this id was given lately").wait_for()
+    v.wrong = [w for w in v.wrong if "404" not in w]; v.look()

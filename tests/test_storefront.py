@@ -1,14 +1,18 @@
 "The pages of the service: shown where they may be and nowhere else, under a policy that allows what they do and nothing that gets in."
-import base64, hashlib, http.client, re
+import base64, hashlib, http.client, re, time
 
 import numpy as np, polars as pl, pytest
 from hypothesis import given, strategies as st
 
+from recsys.features.definitions import NAMES
 from recsys.operations.report import PALETTE
-from recsys.serving.bundle import promote
+from recsys.ranking.rules import Diversity, Filter, Pin, Rules
+from recsys.serving.bundle import open_bundle, promote
+from recsys.serving.engine import Engine, Request, recommend
 from recsys.serving.openapi import PAGES, document, find_route
 from recsys.serving.storefront import FILES, FOLDER, find_items, policy, read_pages, shows_pages
-from test_serving import publish, serving
+from recsys.serving.trace import explained, trace
+from test_serving import BUDGET, PER_SOURCE, ask, publish, serving
 
 def get(port, path, method="GET"):
     c = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -62,3 +66,41 @@ def test_a_search_finds_what_has_the_words(titles, words):
     items = pl.DataFrame(dict(item_id=[str(k) for k in range(len(titles))], title=titles))
     found = [f.item_id for f in find_items(items, np.ones(len(titles)), words, 99)]
     assert sorted(found) == [i for i, t in items.iter_rows() if all(w in pl.Series([f"{i} {t}"]).str.to_lowercase()[0] for w in words.lower().split())]
+
+# ---- the trace
+
+def test_a_trace_is_the_list_and_the_whole_way_to_it(engines_of):
+    for engine in engines_of:
+        for question in (Request(user_id="u3", cart=["i4"], n=10), Request(n=5, diversity=.7), Request(user_id="u9", filter=Filter(category=("A",)), n=8), Request(cart=["i1"], exclude=["i2"], n=500)):
+            for level in range(5):
+                said, x = trace(engine, question, "r", level)
+                plain = recommend(engine, question, "r", level)
+                assert [(p.item_id, p.score, p.source, p.rules) for p in said.items] == [(s.item_id, s.score, s.source, s.rules) for s in plain.items]
+                assert len(x) == (0 if level > 1 else len(said.items)) and said.candidates >= len(said.items)
+                assert not {p.item_id for p in said.passed} & {p.item_id for p in said.items} and len(said.passed) == min(10, said.candidates - len(said.items))
+                places = [p.by_score for p in [*said.items, *said.passed]]
+                assert len({*places}) == len(places) and 0 not in places
+                assert all(s.alone <= s.proposed and s.listed <= s.proposed for s in said.sources) and sum(s.proposed for s in said.sources) >= said.candidates - len(engine.rules.pin) # a pin need not be proposed
+                for p in explained(said, engine.ranker, x, len(NAMES) + 1).items: assert level > 1 or abs(said.mean + sum(m.by for m in p.moved) - p.score) < 1e-4
+
+@pytest.fixture(scope="module")
+def engines_of(shop):
+    "An engine over the bundle, and one under rules."
+    b = open_bundle(shop/"bundles"/"v1")
+    plain, ruled = Engine(b.state, b.ranker, PER_SOURCE, BUDGET, b), Engine(b.state, b.ranker, PER_SOURCE, BUDGET, b)
+    ruled.use(Rules(pin=(Pin(name="first", item="i7", place=1),), diversity=Diversity(strength=.4)))
+    return plain, ruled
+
+def test_the_service_traces_what_it_gave_and_logs_nothing_of_it(shop):
+    post = lambda path, body, **h: ask(port, path=path, body=body, headers={"content-type": "application/json", **h})
+    with serving(shop) as (_, port):
+        given = post("/v1/recommend", dict(user_id="u3", cart=["i4"], n=6), **{"x-request-id": "list-1"})[2]
+        kept = lambda: b"".join(p.read_bytes() for p in sorted((shop/"data/served").rglob("*.jsonl")))
+        status, _, said = post("/v1/explain/list-1", {})
+        before = kept()
+        assert status == 200 and [i["item_id"] for i in said["items"]] == said["given"] == [i["item_id"] for i in given["items"]] and said["items"][0]["moved"]
+        new = post("/v1/explain/list-1", dict(n=3, exclude=said["given"][:2]))[2]
+        assert len(new["items"]) == 3 and not {*said["given"][:2]} & {i["item_id"] for i in new["items"]} and new["given"] == said["given"]
+        assert [post(f"/v1/explain/{i}", b)[0] for i, b in (("never", {}), ("list-1", dict(n=1000)), ("list-1", dict(diversity=2)), ("list-1", dict(price=1)))] == [404, 400, 400, 400]
+        time.sleep(.5)
+        assert kept() == before

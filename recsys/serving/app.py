@@ -25,7 +25,7 @@ from .openapi import NAMES, PAGES, Route, decoders_for, document, find_route
 from .refused import Refused
 from .schemas import to_change, to_item
 from .storefront import find_items, read_pages, shows_pages
-from .service import Service, ask, ask_rank, ask_similar, ask_why, explain_later, forget, known_item, post, put, start
+from .service import Service, ask, ask_rank, ask_similar, ask_why, explain_later, forget, known_item, post, put, start, what_if
 
 # %% ../../nbs/5_serving/03_app.ipynb #4bc0d041
 def check_media(headers):
@@ -136,6 +136,7 @@ DOES = dict(
     rank=lambda s, q, last, request_id: ask_rank(s, q, request_id),
     similar=lambda s, q, last, request_id: ask_similar(s, q, request_id),
     explain=lambda s, q, last, request_id: explain_later(s, last),
+    trace=lambda s, q, last, request_id: what_if(s, last, q),
     events=lambda s, q, last, request_id: post(s, q.events, time.time()),
     put_items=lambda s, q, last, request_id: asyncio.to_thread(put, s, q.items),
     put_item=lambda s, q, last, request_id: asyncio.to_thread(put, s, [to_item(last, q)]),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Id', 'MOST', 'Ids', 'REPEAT', 'POPULAR', 'KIN', 'Impression', 'Request', 'Suggestion', 'Answer', 'Scorer',
            'HandleType', 'Handle', 'handle_of', 'first', 'tell', 'Engine', 'rank_ruled', 'rank_cases', 'reasons_of',
-           'contributions_of', 'recommend', 'rank', 'similar']
+           'contributions_of', 'recommend', 'candidates_of', 'rank', 'similar']
 
 # %% ../../nbs/5_serving/02_engine.ipynb #061b7e73
 import time
@@ -387,6 +387,14 @@ def recommend(engine: Engine, request: Request, request_id: str, level: int = 0)
     reached = max(level, 0 if user >= 0 or len(context) else 3)
     return Answer(request_id, suggestions, bundle.manifest["version"], "default", level > 0, reached,
                   round((time.perf_counter() - start) * 1e3, 3), {k: round(v, 3) for k, v in stages.items()})
+
+# %% ../../nbs/5_serving/02_engine.ipynb #705960d8
+def candidates_of(engine: Engine, request: Request, level: int = 0) -> int:
+    "All candidates of a request, made once more into `engine.work`, with `engine.scores` (and features, at level 0); how many."
+    bundle, user, view, days = engine.bundle, _user(engine.bundle, request), _view(engine, request), engine.rules.filters.bought_days
+    barred = np.concatenate([_codes(request.exclude + request.cart, bundle.item_codes), bought_lately(view.state, user, days)])
+    find = partial(_cheap, engine, level) if level else partial(_by_library, engine)
+    return find(view.state, user, _codes(request.cart + request.items, bundle.item_codes), barred, view.policy.pin)
 
 # %% ../../nbs/5_serving/02_engine.ipynb #04c0ef24
 POPULAR = NAMES.index("item_share_long")

@@ -16,6 +16,7 @@ from .engine import Answer, Request
 from .refused import Refused
 from .schemas import (EventsAnswer, EventsRequest, Failure, ForgetAnswer, HealthAnswer, ItemFields, ItemsAnswer, ItemsRequest,
                                     RankRequest, ReadyAnswer, SimilarRequest, bounded)
+from .trace import Trace, WhatIf
 
 # %% ../../nbs/5_serving/10_openapi.ipynb #ee16d828
 class Route(NamedTuple):
@@ -43,6 +44,7 @@ ROUTES = (
     Route("rank",       "POST",   "/v1/rank",                 "read",  "These items, in the order for this visitor.", RankRequest, Answer, ASKED),
     Route("similar",    "POST",   "/v1/similar",              "read",  "Items like this one.", SimilarRequest, Answer, ASKED + (404,)),
     Route("explain",    "GET",    "/v1/explain/{request_id}", "read",  "A list that was given lately, with what moved each score.", None, Answer, (400, 404) + KEYED + LOADING),
+    Route("trace",      "POST",   "/v1/explain/{request_id}", "read",  "That list made again step by step, and what it would be if something were different. Nothing is logged.", WhatIf, Trace, ASKED + (404,)),
     Route("events",     "POST",   "/v1/events",               "write", "What happened. Answered when it is safe on the disk; an event_id that is known counts once.", EventsRequest, EventsAnswer, ASKED),
     Route("put_items",  "PUT",    "/v1/items",                "admin", "State all of many items.", ItemsRequest, ItemsAnswer, ASKED),
     Route("put_item",   "PUT",    "/v1/items/{item_id}",      "admin", "State all of an item; what is not said is not known.", ItemFields, ItemsAnswer, ASKED),
@@ -57,6 +59,7 @@ ROUTES = (
 # for people at this machine, where [serving] storefront allows it; other programs are not told of them
 PAGES = (
     Route("storefront", "GET",    "/",                        None,    "A small shop to click through.", None, None),
+    Route("why",        "GET",    "/why/{request_id}",        None,    "How a list came about, and what would change it.", None, None, (400,)),
     Route("search",     "GET",    "/search/{words}",          "read",  "Items that have these words, for the pages.", None, None, (400,) + KEYED + LOADING),
 )
 NAMES = tuple(r.name for r in ROUTES + PAGES) # the label `route` of the metrics

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'LOOKED_AT', 'USUAL', 'RECENT', 'LOOK_BACK', 'warm_up', 'open_engine', 'Pressure', 'completed', 'Served',
            'served_record', 'Service', 'load', 'promoted', 'wanted', 'refresh', 'keep_up', 'obey', 'start', 'Tried',
-           'ask', 'ask_why', 'explain_later', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item', 'forget',
-           'explain']
+           'ask', 'ask_why', 'explain_later', 'what_if', 'ask_rank', 'ask_similar', 'post', 'put', 'known_item',
+           'forget', 'explain']
 
 # %% ../../nbs/5_serving/16_service.ipynb #677d06c8
 import asyncio, logging, os, threading, time
@@ -37,6 +37,7 @@ from .openapi import NAMES
 from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
 from .state import LocalStore, open_state
+from .trace import Trace, WhatIf, changed, explained, trace
 from .visitor import seconds
 from .variants import RELEASE, Knobs, Variants, drafted, engine_for, follow, partner, shadows, shares_file, text_of
 
@@ -476,6 +477,18 @@ async def explain_later(service: Service, request_id: str) -> Answer:
     answer = await _with_contributions(service, engine, recommend(engine, question, request_id, level))
     answer.items = [s for s in answer.items if s.item_id in given]
     return answer
+
+# %% ../../nbs/5_serving/16_service.ipynb #a1d6b56b
+async def what_if(service: Service, request_id: str, what: WhatIf) -> Trace:
+    "The answer to `POST /v1/explain`."
+    service.pressure.level(None)
+    try: engine, question, level, given = await asyncio.to_thread(explain, service, request_id)
+    except Refused: # a list of this moment is in the log a fifth of a second later
+        await asyncio.sleep(.3)
+        engine, question, level, given = await asyncio.to_thread(explain, service, request_id)
+    said, x = trace(engine, changed(question, what), request_id, level)
+    said.given = given
+    async with service.explaining: return await asyncio.to_thread(explained, said, engine.ranker, x)
 
 # %% ../../nbs/5_serving/16_service.ipynb #72978c6f
 def ask_rank(service: Service, request, request_id: str) -> Answer:

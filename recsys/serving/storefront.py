@@ -19,7 +19,7 @@ from .keys import SECURE_HEADERS
 
 # %% ../../nbs/5_serving/21_storefront.ipynb #3af96dcf
 FOLDER = Path(__file__).parent/"pages" if "__file__" in globals() else Path("../../recsys/serving/pages")
-FILES = dict(storefront="storefront.html")
+FILES = dict(storefront="storefront.html", why="why.html")
 
 # %% ../../nbs/5_serving/21_storefront.ipynb #fcdcb058
 def shows_pages(when: str,   # loopback, always or never: [serving] storefront
