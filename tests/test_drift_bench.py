@@ -8,6 +8,7 @@ from scipy import stats
 
 from recsys.core.files import write_json
 from recsys.core.settings import load_settings
+from recsys.monitoring import statistics as ms
 from recsys.operations import bench_drift as bd, drift_peer
 from shop import make_shop
 
@@ -34,14 +35,42 @@ def test_what_is_planted_is_there():
 
 def test_figures_and_page(project, tmp_path, monkeypatch):
     from recsys.operations.figures import bench_page
-    monkeypatch.setattr(bd, "SIZES", {1000: 1.})
+    monkeypatch.setattr(bd, "COUNTS", {1000: 1.}); monkeypatch.setattr(bd, "ROWS", {1000: 1.})
     said = bd.bench_drift(tmp_path/"f.json", project, 2, 20_000, 3, False)
     f = json.loads((tmp_path/"f.json").read_text())
     assert {"false_alarm_rate", "power", "planted_found", "planted_false", "cpu_seconds_1m", "peak_rss_mb_1m", "ratio_to_evidently", "shap_ratio", "shap_max_diff", "report_bytes"} <= set(f) == set(said)
     assert f["planted"][-1]["found"] == 6 and f["planted_false"] == 0 and max(f["parity"].values()) <= 1e-12 and f["report_bytes"] < 300_000 and f["cost"]["flat"]["rows"] == 60_000
-    assert [(r["icc"], r["rows"], r["runs"]) for r in f["false_alarm_rate"]] == [(0., 1000, 2), (.1, 1000, 2), (.3, 1000, 2)]
+    assert [(r["drawn"], r["icc"], r["rows"], r["runs"]) for r in f["false_alarm_rate"]] == [(d, icc, 1000, 2) for d in ("counts", "rows") for icc in (0., .1, .3)]
     page = bench_page("drift", project, [tmp_path/"f.json"]).read_text()
     assert "Evidently was not measured: not asked for" in page and "What was promised" in page
+
+
+@pytest.mark.parametrize("icc", [0., .3])
+def test_counts_are_drawn_from_the_law_of_rows(icc):
+    "Cells, missing values and the spread between buckets, of rows that were drawn and counted on the same cells (chi-square, and a ratio of variances within what its own spread allows)."
+    law, rng, n = bd.law_of(icc, 20_000), np.random.default_rng(5), 40_000
+    drawn = [bd.drawn(law, n, rng) for _ in range(12)]
+    counted = [bd.measure(bd.study_table(n, 70 + k, icc), law.frozen, "user") for k in range(12)]
+    for c in ("normal0", "price0", "gamma0", "count0", "holes0", "category0"):
+        total = lambda w: np.append(w.counts[c].cells.sum(0), w.counts[c].missing.sum())
+        if not icc:
+            groups = ms.pool_rare(total(drawn[0]), total(counted[0]), 20)
+            x, df = ms.chi2(ms.regroup(sum(map(total, drawn)), groups), ms.regroup(sum(map(total, counted)), groups))
+            assert stats.chi2.sf(x, df) > 1e-4, c
+        cut = law.frozen[c].cells // 2
+        share = lambda w: (w.counts[c].cells[:, :cut].sum(1) / w.counts[c].cells.sum(1)).var()
+        assert .6 < sum(map(share, drawn)) / sum(map(share, counted)) < 1.6, c
+
+
+def test_the_short_answer_is_that_of_the_report():
+    "`alarmed` asks the p-values first; the whole report says the same."
+    plan, alarms = bd.Plan("user", .01, 199, 0, dict(psi=.1, wasserstein=.04, share=.02, missing=.02, unseen=.01), 10, 100, 64), []
+    for k in range(12):
+        a, b = bd.study_table(600, 2 * k, .3), bd.study_table(600, 2 * k + 1, .3).with_columns(pl.col("normal0") + k / 12)
+        profile = bd.profile_of(a, "user", [b])
+        alarms.append(bd.alarmed(profile, bd.measure(b, profile.frozen, "user"), plan))
+        assert alarms[-1] == bd.asked(a, b, plan).alarm
+    assert set(alarms) == {True, False}
 
 
 def test_without_evidently_the_rest_stands(project, tmp_path, monkeypatch):

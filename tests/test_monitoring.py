@@ -156,6 +156,22 @@ def test_max_t_against_brute_force():
     assert ms.max_t(np.ones((100, 2))).tolist() == [1, 1] and len(ms.max_t(np.ones((10, 0)))) == 0
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(.3, 6))
+def test_max_t_is_exact(seed, tests, tail):
+    "Whichever throw is the observed one: not more than a twentieth of them have a p of at most .05, with tails of any weight."
+    rng = np.random.default_rng(seed)
+    squares = rng.lognormal(0, tail, (100, tests)) * (rng.random((100, tests)) < rng.choice([.1, 1.], tests))
+    reached = sum(ms.max_t(np.roll(squares, -k, axis=0)).min() <= .05 for k in range(100))
+    assert reached <= 5
+
+
+def test_a_huge_drift_hides_no_other():
+    squares = np.random.default_rng(0).chisquare(1, (1000, 4))
+    squares[0] = [1e6, 2500, 40, 1]
+    assert (ms.max_t(squares) <= .01).tolist() == [True, True, True, False]
+
+
 def test_holm():
     assert ms.holm(np.array([.01, .04, .03, .005])) == pytest.approx([.03, .06, .06, .02])
 
