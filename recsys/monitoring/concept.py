@@ -5,23 +5,28 @@
 # %% auto #0
 __all__ = ['MOST', 'DELTAS', 'BINS', 'FEW', 'ROUNDS', 'MANY', 'delays_of', 'ripe', 'corrected_rates', 'residual', 'stream_of',
            'alarms_of', 'split_of', 'delta_for', 'no_change', 'skill', 'concept_drift', 'Expected', 'fit_expected',
-           'expected', 'list_ndcg', 'expected_ndcg', 'estimated_performance', 'scored', 'watched', 'concept_run']
+           'expected', 'list_ndcg', 'expected_ndcg', 'estimated_performance', 'scored', 'watched', 'concept_run',
+           'followed', 'bought_drift', 'bought_run']
 
 # %% ../../nbs/7_monitoring/09_concept.ipynb #b56177f8
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from msgspec import Struct
 
+from ..candidates.blend import load_state
 from ..core.files import read_json
 from ..core.settings import RecsysError, Settings
 from ..data.outcomes import outcome_minutes
+from ..features.build import day_of, read_moments
 from .drift import draws
-from .lists import recent_lists, served_places
+from .lists import ranked_places, recent_lists, served_places
 from .statistics import bucket_of
 from ..ranking.calibration import probability_of
+from ..ranking.ranker import load_ranker
+from ..serving.engine import Engine
 
 # %% ../../nbs/7_monitoring/09_concept.ipynb #2fc0ce9d
 def delays_of(rows: pl.DataFrame,  # what `outcomes` gives: ts, KIND, KIND_ts, KIND_complete
@@ -154,6 +159,7 @@ def concept_drift(rows: pl.DataFrame,          # impressions: ts, visitor_id, po
                   budget: float = .05,         # chance that a report without any drift alarms at all
                   least: int = 200,            # visitor-days of a segment
                   seed: int = 0,               # of the shuffles
+                  before: str = "yesterday's rates", # what assuming no change assumes to hold, in words
                  ) -> dict:                    # delta, budget, false_alarms, findings: segment, impressions, since, seen, before, after, skill; sentence
     "Changes of what follows from the same probabilities, per segment: `before` and `after` are outcomes over expected ones."
     parts = _segments(rows, list(segments), least)
@@ -162,7 +168,7 @@ def concept_drift(rows: pl.DataFrame,          # impressions: ts, visitor_id, po
     delta, false = delta_for([v for v, _ in streams.values()], budget, seed=seed)
     findings = [_finding(n, parts[n], *streams[n], delta) for n in parts]
     moved = sorted((f for f in findings if f["since"]), key=lambda f: -abs(np.log(max(f["after"] or 1, 1e-9) / max(f["before"] or 1, 1e-9))))
-    return dict(delta=delta, budget=budget, false_alarms=false, findings=moved + [f for f in findings if not f["since"]], sentence=_said(moved, findings, rows))
+    return dict(delta=delta, budget=budget, false_alarms=false, findings=moved + [f for f in findings if not f["since"]], sentence=_said(moved, findings, rows, before))
 
 def _finding(name: str, rows: pl.DataFrame, values: np.ndarray, when: list[datetime], delta: float) -> dict:
     "What ADWIN says of a segment, and where the largest change is."
@@ -172,10 +178,10 @@ def _finding(name: str, rows: pl.DataFrame, values: np.ndarray, when: list[datet
     early, late = rows.filter(pl.col("ts") < when[since]), rows.filter(pl.col("ts") >= when[since])
     return out | dict(since=when[since].isoformat(), seen=when[fired[0]].isoformat(), before=_ratio(early), after=_ratio(late))
 
-def _said(moved: list[dict], findings: list[dict], rows: pl.DataFrame) -> str:
+def _said(moved: list[dict], findings: list[dict], rows: pl.DataFrame, before: str) -> str:
     "The sentence, with the no-change rule in it."
     good = next((f["skill"] for f in findings if f["segment"] == "all"), None)
-    rule = "" if good is None else f" The model's probabilities are {good:.1%} better than assuming that yesterday's rates hold." if good > 0 else " The model's probabilities are no better than assuming that yesterday's rates hold."
+    rule = "" if good is None else f" The model's probabilities are {good:.1%} better than assuming that {before} hold." if good > 0 else f" The model's probabilities are no better than assuming that {before} hold."
     if not moved: return f"What was learned still holds in all {len(findings)} streams watched.{rule}"
     f = moved[0]
     size = f" ({f['before']:.2f} × as many outcomes as expected before, {f['after']:.2f} × since)" if f["before"] is not None and f["after"] is not None else ""
@@ -299,3 +305,39 @@ def concept_run(ingested: str | Path, data_dir: str | Path, settings: Settings) 
     rows = rows.join(given, on=["request_id", "item_id"], how="left")
     segments = [c for c in ("placement", "variant", "version") if 1 < rows[c].n_unique() <= 20]
     return [watched(rows, k, minutes[k], end, b.window_days, segments, settings.drift.alarm_budget, settings.run.seed) for k in dict.fromkeys(("click", d.target_event)) if k in minutes and k in rows.columns]
+
+# %% ../../nbs/7_monitoring/09_concept.ipynb #7194029b
+def followed(places: pl.DataFrame,  # columns PLACES; visitor_id is the user's code as text, item_id the item's, ts the moment
+             lines: pl.DataFrame,   # user, item, ts (epoch s) of what was bought
+             days: float,           # after the moment that count
+            ) -> pl.DataFrame:      # with outcome (0, 1)
+    "Places of lists, and whether the person bought the item in the days after."
+    bought = lines.select(visitor_id=pl.col("user").cast(pl.String), item_id=pl.col("item").cast(pl.String), bought=pl.from_epoch("ts", "s").dt.cast_time_unit("us").dt.replace_time_zone("UTC")).sort("bought")
+    rows = places.with_row_index("row").sort("ts").join_asof(bought, left_on="ts", right_on="bought", by=["visitor_id", "item_id"], strategy="forward", check_sortedness=False)
+    within = (pl.col("bought") - pl.col("ts")).dt.total_seconds() <= days * 86400
+    return rows.sort("row").with_columns(outcome=within.fill_null(False).cast(pl.Int8)).drop("row", "bought")
+
+# %% ../../nbs/7_monitoring/09_concept.ipynb #9cc78772
+def bought_drift(rows: pl.DataFrame, budget: float, seed: int = 0) -> dict | None: # of `followed`: ts, visitor_id, position, source, outcome
+    "`concept_drift` of proposals and purchases, by source; None with fewer than three moments, or nothing bought."
+    moments = rows["ts"].unique().sort()
+    if len(moments) < 3 or not (old := rows.filter(pl.col("ts") < moments[-1]))["outcome"].sum(): return None
+    worth = old.group_by("source").agg(score=pl.col("outcome").mean())
+    x = rows.join(worth, on="source", how="left", nulls_equal=True, maintain_order="left").with_columns(pl.col("score").fill_null(old["outcome"].mean()), complete=pl.lit(True))
+    model = fit_expected(*(x.filter(pl.col("ts") < moments[-1])[c].to_numpy() for c in ("score", "position", "outcome")))
+    x = x.with_columns(probability=pl.Series(expected(model, x["score"].to_numpy(), x["position"].to_numpy())))
+    found = concept_drift(x, ["source"], budget, seed=seed, before="the rates of the moment before")
+    return found | dict(sentence=f"Without impressions, by what was bought of the proposals at {len(moments)} past moments: {found['sentence'][0].lower()}{found['sentence'][1:]}")
+
+# %% ../../nbs/7_monitoring/09_concept.ipynb #39b693d3
+def bought_run(features: str | Path, candidates: str | Path, trained: str | Path, settings: Settings, most: int = 1000) -> list[dict]:
+    "`bought_drift` over the moments of a run, in the form of `concept_run`; empty if they are too few."
+    features, candidates, m, c, days = Path(features), Path(candidates), read_moments(features), settings.candidates, settings.evaluation.test_days
+    lines, ranker, rows = pl.read_parquet(features/"lines.parquet").filter(pl.col("type") == settings.data.target_event), load_ranker(Path(trained)/"ranker.txt"), []
+    for moment in (t for t in m.all if t + days * 86400 <= m.now):
+        active = lines.filter(pl.col("known") < moment, pl.col("ts") >= moment - days * 86400)["user"].unique().sort().to_numpy()
+        users = np.sort(np.random.default_rng(settings.run.seed).permutation(active)[:most])
+        engine = Engine(load_state(features/day_of(moment), candidates/day_of(moment)), ranker, c.per_source, c.budget)
+        rows.append(followed(ranked_places(engine, users, settings.drift.list_length, datetime.fromtimestamp(moment, timezone.utc), 2), lines, days))
+    found = bought_drift(pl.concat(rows), settings.drift.alarm_budget, settings.run.seed) if rows else None
+    return [dict(kind=settings.data.target_event, drift=found, performance=[], rates=[])] * (found is not None)

@@ -141,11 +141,11 @@ def position_mix(places: pl.DataFrame, tops: tuple[int, ...] = (1, 3)) -> list[d
     return n.with_columns(pl.col("day").cast(pl.String)).to_dicts()
 
 # %% ../../nbs/7_monitoring/11_lists.ipynb #b32928bd
-def ranked_places(engine: Engine, users: np.ndarray, length: int, moment: datetime) -> pl.DataFrame:
-    "The places of the engine's lists for `users` (codes): columns PLACES; item ids are the codes as text."
+def ranked_places(engine: Engine, users: np.ndarray, length: int, moment: datetime, level: int = 0) -> pl.DataFrame:
+    "The places of the engine's lists for `users` (codes), fallen back to `level`: columns PLACES; item ids are the codes as text."
     rows = {c: [] for c in PLACES}
     for user in users.tolist():
-        at, scores, _ = engine.rank(user, engine.nobody, engine.nobody, length)
+        at, scores, _ = engine.rank(user, engine.nobody, engine.nobody, length, level)
         for k, (row, score) in enumerate(zip(at.tolist(), scores.tolist()), 1):
             said = (f"{user}", f"{user}", moment, None, "", 0, k, str(engine.work.ids[row]), SOURCES[int((engine.work.ranks[row] < ABSENT).argmax())], score)
             for c, v in zip(PLACES, said): rows[c].append(v)

@@ -21,7 +21,7 @@ from ..features.build import day_of, read_moments
 from ..features.definitions import ABSENT, NAMES, SOURCES
 from .attribution import attribution_by_segment, attribution_drift, attribution_trend, collapse_sentence, impact, ndcg, shap_values
 from .business import business_run
-from .concept import concept_run
+from .concept import bought_run, concept_run
 from .drift import VERDICTS, Comparison, Plan, compare, judge, profile_of, sentence_of, to_dict
 from .embeddings import embeddings_run
 from .lists import lists_run, skew_run
@@ -176,8 +176,9 @@ def with_outcomes(said: dict, business: dict, concept: list[dict], lists: dict, 
 # %% ../../nbs/7_monitoring/04_watch.ipynb #494cba7b
 def outcomes_run(ingested: str | Path, features: str | Path, candidates: str | Path, trained: str | Path, bundles: str | Path, out: str | Path, settings: Settings) -> dict:
     "Add to `out`/drift.json what `with_outcomes` says; returns the whole."
-    said = with_outcomes(read_json(Path(out)/"drift.json"), business_run(ingested, settings), concept_run(ingested, settings.data_dir, settings),
-                         lists_run(ingested, features, candidates, trained, settings), skew_run(settings.data_dir, bundles, settings, moment_of(ingested)),
-                         embeddings_run(features, candidates, settings, plan_of(settings, None)))
+    concept = concept_run(ingested, settings.data_dir, settings)
+    if not any(c["drift"] for c in concept): concept = concept + bought_run(features, candidates, trained, settings)
+    said = with_outcomes(read_json(Path(out)/"drift.json"), business_run(ingested, settings), concept, lists_run(ingested, features, candidates, trained, settings),
+                         skew_run(settings.data_dir, bundles, settings, moment_of(ingested)), embeddings_run(features, candidates, settings, plan_of(settings, None)))
     write_json(Path(out)/"drift.json", said)
     return said
