@@ -229,6 +229,28 @@ def test_what_the_real_service_logged_is_recomputed(shop):
     assert len(li.served_places(li.recent_lists(shop/"data", 7)).filter(pl.col("position") == 1)) == 20
 
 
+@pytest.mark.parametrize("feature", ["item_price", "item_share_short"])
+def test_a_feature_altered_in_serving_is_named_first(shop, tmp_path, feature):
+    "A worker that serves from tables in which one feature is wrong; the log is recomputed from the bundle as it was published."
+    import shutil
+    from recsys.core.files import file_digest, read_json, write_json
+    from recsys.monitoring.watch import with_outcomes
+    wrong = tmp_path/"shop/bundles/v1"
+    shutil.copytree(shop/"bundles/v1", wrong)
+    x = np.load(wrong/"state/item_x.npy")
+    x[:, NAMES.index(feature)] = x[:, NAMES.index(feature)] * np.float32(1.1) + 1
+    (wrong/"state/item_x.npy").unlink(); np.save(wrong/"state/item_x.npy", x)           # not through the link
+    m = read_json(wrong/"manifest.json"); m["files"]["state/item_x.npy"] = file_digest(wrong/"state/item_x.npy"); write_json(wrong/"manifest.json", m)
+    promote(tmp_path/"shop/bundles", "v1")
+    with serving(tmp_path/"shop", features_one_in=1) as (process, port):
+        for k in range(10): ask(port, body=dict(user_id=f"u{k}", n=6))
+    knobs = SimpleNamespace(candidates=SimpleNamespace(per_source=PER_SOURCE, budget=BUDGET))
+    said, = li.skew_run(tmp_path/"shop/data", shop/"bundles", knobs)
+    assert [f["name"] for f in said["features"]] == [feature] and said["identical"] == 0 and said["features"][0]["share"] == 1
+    told = with_outcomes(dict(verdict="warning", sentence="2 of 90 inputs moved materially: item_trend, score."), dict(verdict="warning", sentence="Guardrail near."), [], dict(alarm=True, sentence="Novelty fell"), [said], dict(alarm=False, sentence=""))
+    assert told["verdict"] == "bad" and feature in told["sentence"][:120]
+
+
 def test_lists_of_the_night(engines):
     places = li.ranked_places(engines["v1"], np.arange(5), 4, START)
     assert dict(places.schema) == li.PLACES and places["list"].n_unique() == 5
