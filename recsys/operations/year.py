@@ -222,7 +222,7 @@ class Line:
 
     def _more(self):
         data = self.sock.recv(1 << 18)
-        if not data: raise RecsysError("the service closed the connection", "simulated year", "see its lines above")
+        if not data: raise RecsysError("the service closed the connection", "simulated year", "see its service.log")
         self.got += data
 
     def _answer(self) -> bytes | None:
@@ -246,12 +246,12 @@ class Line:
 # %% ../../nbs/9_operations/31_year.ipynb #7fcce47a
 @contextmanager
 def serving(settings: Settings, bundles: str | Path, clock: Clock):
-    "(port, process) of the real service over a folder of bundles, which believes `clock`, during the block."
-    command = [sys.executable, "-m", "recsys.operations.simulated_clock", settings.file, str(bundles)]
-    p = subprocess.Popen(command, env=os.environ | {CLOCK: str(clock.path)}, stdout=subprocess.PIPE, text=True)
+    "(port, process) of the real service over a folder of bundles, which believes `clock`, during the block; its lines go to service.log beside the settings."
+    command, words = [sys.executable, "-m", "recsys.operations.simulated_clock", settings.file, str(bundles)], Path(settings.file).with_name("service.log")
+    with words.open("a") as f: p = subprocess.Popen(command, env=os.environ | {CLOCK: str(clock.path)}, stdout=subprocess.PIPE, stderr=f, text=True)
     try:
         line = p.stdout.readline()
-        if not line: raise RecsysError("the service did not start", str(bundles), "see its lines above")
+        if not line: raise RecsysError("the service did not start", str(bundles), f"see {words}")
         yield int(line.rpartition(":")[2]), p
     finally:
         p.send_signal(signal.SIGTERM)

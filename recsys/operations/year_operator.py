@@ -121,20 +121,21 @@ def publish_night(settings: Settings, night: Night, at: dict[str, Path], why: st
 # %% ../../nbs/9_operations/39_year_operator.ipynb #fed6c259
 def day_events(settings: Settings, day: date) -> pl.DataFrame:
     "What arrived on a day, with flags."
+    roll_log(settings.data_dir)
     files = sorted((arrivals_folder(settings.data_dir)/f"day={day}").glob("*.parquet"))
     if not files: return pl.DataFrame()
     events = pl.concat([pl.read_parquet(f) for f in files]).with_columns(flag=pl.lit(None, pl.String)).sort("ts", "event_id")
     return Flagger(settings.data.bot_events_per_minute, settings.data.bot_events_per_day).fill(events)
 
 class _Shown(Struct):
-    model_version: str
-    level: int
+    at: float
     items: list[list]
-    kind: str = "recommend"
 
 def served_places(settings: Settings, day: date) -> tuple[int, int]: # lists, places
     "How much the service says that it has served on a day."
-    found = [msgspec.json.decode(l, type=_Shown) for f in (settings.data_dir/"served"/f"day={day}").glob("*.jsonl") for l in f.read_bytes().splitlines()]
+    files = [f for d in (day, day + timedelta(days=1)) for f in (settings.data_dir/"served"/f"day={d}").glob("*.jsonl")] # what is written at midnight lies in the next folder
+    begin = datetime(day.year, day.month, day.day, tzinfo=timezone.utc).timestamp()
+    found = [r for f in files for l in f.read_bytes().splitlines(True) if l.endswith(b"\n") for r in [msgspec.json.decode(l, type=_Shown)] if begin <= r.at < begin + 86400]
     return len(found), sum(len(r.items) for r in found)
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #0765d7bb
@@ -170,7 +171,7 @@ def lately(watch: Watch, name: str, end: date, days: int, limit: float) -> dict:
 def whole_catalogue(settings: Settings, items: pl.DataFrame, moment: datetime) -> list[Finding]:
     "Is the catalogue that the shop told whole?"
     floors = {k: v for k, v in pairs_of(settings.business.floors).items() if k in ("priced", "categorised")}
-    return [Finding("quality", f"catalogue.{h['name']}", "critical", h["value"], h["floor"], moment.isoformat()[:10], what=f"only {h['value']:.0%} of the items are {h['name']}")
+    return [Finding("attribution", f"catalogue.{h['name']}", "critical", h["value"], h["floor"], moment.isoformat()[:10], what=f"only {h['value']:.0%} of the items are {h['name']}")
             for h in catalogue_health(items, pl.Series("item_id", [], pl.String), moment, floors) if h["verdict"] == "breached"]
 
 def arrived(settings: Settings, events: pl.DataFrame, day: date) -> list[Finding]:
