@@ -46,7 +46,7 @@ def test_a_second_run_does_nothing_again(published, shop):
 
 def test_a_changed_setting_repeats_only_what_depends_on_it(published, shop):
     again = recsys(shop, "run", "--allow-regression", env=dict(RECSYS_DRIFT_PSI_LIMIT="0.2"))
-    assert [n for n, l in lines(again.stdout).items() if "skipped" not in l] == ["drift", "publish"], again.stdout + again.stderr
+    assert [n for n, l in lines(again.stdout).items() if "skipped" not in l] == ["drift", "decide", "publish"], again.stdout + again.stderr
 
 def test_the_drift_job_reads_what_was_served_until_its_moment(published, shop):
     "Lists of all kinds, also of a day after the moment, in the steps that the run left."

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core.files import read_json, write_json
 from ..core.settings import RecsysError, Settings
+from .act import Held, check_hold, decide_failure, decision_in, shop_day, still_decided
 from .gate import read_gate
 from .publish import Refused, release, still_judged
 from .runner import fingerprints, run, run_lock
@@ -48,10 +49,15 @@ def _figures(records: dict) -> dict:
         q = read_json(at["evaluate"]/"evaluation.json")["questions"]
         said |= {key: {n: v[key] for n, v in q.items()} for key in ("metrics", "baselines", "waterfall", "against", "best_baseline")}
     if "drift" in at: said["drift"] = {k: v for k, v in read_json(at["drift"]/"drift.json").items() if k in ("verdict", "sentence", "material", "severity")}
+    if "decide" in at: said["decision"] = _decided(decision_in(at["decide"]))
     if "publish" in at:
         g = read_gate(at["publish"])
         said |= dict(version=g.challenger, gate=dict(verdict=g.verdict, champion=g.champion, failed=[c.name for c in g.checks if not c.passed]))
     return said
+
+def _decided(d) -> dict:
+    "A decision for the account."
+    return dict(action=d.action, fallback=d.fallback, because=d.because)
 
 def _headline(status: str, figures: dict, metric: str, error: Exception | None) -> dict:
     "Verdict and first sentence of the run."
@@ -59,6 +65,7 @@ def _headline(status: str, figures: dict, metric: str, error: Exception | None) 
     if status == "refused": return dict(verdict="bad", sentence=f"Nothing new is served: {error}")
     lines = [comparison_line(q, {k: figures[k][q] for k in ("metrics", "baselines", "against", "best_baseline")}, metric) for q in figures["metrics"]]
     if status == "regression": return dict(verdict="bad", sentence="No better than the best baseline. " + "; ".join(lines))
+    if status == "held": return dict(verdict="warning", sentence=f"Publication waits: {figures['decision']['because']}. " + "; ".join(lines))
     drift = figures.get("drift", {})
     return dict(verdict="warning" if drift.get("verdict") in ("warning", "bad") else "good", sentence="Better than the best baseline. " + "; ".join(lines))
 
@@ -87,6 +94,12 @@ def parse_date(text: str) -> str:
     try: return text and Date.fromisoformat(text).isoformat()
     except ValueError: raise RecsysError(f"'{text}' is not a day", "--date", "write it as 2017-12-24") from None
 
+def _failed(settings: Settings, records: dict, error: Exception, date: str) -> dict:
+    "The decision about a step that failed, the last of `records`; empty if it cannot even be written down: the error itself is what matters then."
+    day = date or shop_day(settings)
+    try: return dict(decision=_decided(decide_failure(settings, list(records)[-1], str(error), day, date or (day if "folder" in records.get("ingest", {}) else "latest"))))
+    except (RecsysError, OSError): return {}
+
 def cycle(settings: Settings, date: str = "", allow_regression: bool = False, say=lambda kind, step, said: None) -> dict:
     "Run all steps up to `date`, write run.json and the index, give the account. Raises what a step, or the gate, raised."
     from recsys.operations.index import write_index
@@ -94,15 +107,17 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     metric = f"ndcg@{settings.evaluation.cutoffs[0]}"
     def gate(step, folders):
         if step.name == "publish" and not allow_regression: check_gate(read_json(folders["evaluate"]/"evaluation.json"), metric, settings.evaluation.min_cases)
-    def in_force(step, folder): return step.name != "publish" or still_judged(folder, settings, allow_regression)
+        if step.name == "publish": check_hold(folders["decide"], settings)
+    def in_force(step, folder): return still_decided(folder, settings) if step.name == "decide" else step.name != "publish" or still_judged(folder, settings, allow_regression)
     def after(records): released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression))
     try: run(settings, date, records, say, gate, in_force, after)
     except Exception as e: error = e
     if not records and error: raise error
     figures = _figures(records)
+    if error and "decision" not in figures: figures |= _failed(settings, records, error, date)
     lost = "metrics" in figures and any(figures["against"][q][figures["best_baseline"][q]]["low"] <= 0 for q in figures["metrics"])
     before = run_before(settings.reports_dir, started.isoformat(timespec="seconds"))
-    status = "refused" if isinstance(error, Refused) else "regression" if lost and (not error or isinstance(error, Regression)) else "failed" if error else "ok"
+    status = "refused" if isinstance(error, Refused) else "regression" if lost and (not error or isinstance(error, Regression)) else "held" if isinstance(error, Held) else "failed" if error else "ok"
     label = date or (read_json(Path(records["ingest"]["folder"])/"ingest.json")["moment"][:10] if "folder" in records.get("ingest", {}) else "latest")
     steps = [{k: r.get(k) for k in ("name", "status", "seconds", "peak_rss_mb", "page")} for r in records.values()]
     account = figures | dict(date=label, status=status, headline=_headline(status, figures, metric, error), started=started.isoformat(timespec="seconds"),
