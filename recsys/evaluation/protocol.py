@@ -16,6 +16,7 @@ import polars as pl
 from ..candidates.blend import State, load_state
 from ..core.files import write_json
 from ..core.settings import RecsysError, Settings
+from .labels import label_run, labels_digest
 from .baselines import fit_als, fit_cart_blend, fit_item_knn, fit_personal, fit_popularity
 from .beyond import beyond
 from .families import adjusted
@@ -200,7 +201,7 @@ def _under_rules(engine: Engine, features: Path, cases: Cases, k: int, settings:
 
 def evaluate_run(features: str | Path, candidates: str | Path, trained: str | Path, out: str | Path, settings: Settings, on_step=None) -> dict:
     """Both questions on the test window; writes `out`/evaluation.json and returns it: a record of `judge` per question, with calibration, slices and,
-    where there is a file of rules, `ruled`; `window`, `guarded` (what the time guard looked at), `newcomers` (cases of those of whom nothing was known,
+    where there is a file of rules, `ruled`; `people` (how far labels agree, or None), `labels` (their digest); `window`, `guarded` (what the time guard looked at), `newcomers` (cases of those of whom nothing was known,
     who are in the slices only), and `beats_best` (NDCG at the first cutoff is above the best baseline's, the 95 % paired interval excluding zero)."""
     features, candidates, c, e, seed = Path(features), Path(candidates), settings.candidates, settings.evaluation, settings.run.seed
     step, moments, every = on_step or (lambda name: None), read_moments(features), pl.read_parquet(features/"lines.parquet")
@@ -224,7 +225,7 @@ def evaluate_run(features: str | Path, candidates: str | Path, trained: str | Pa
         if ruled is not None: q["ruled"] = judge_rules(ruled[which], ours.lists[which], mine, share, settings)
         said[question] = q | dict(slices=_sliced(ours.lists, baselines[q["best_baseline"]], cases, asks, slices, settings)); step(question)
     correct(said, baselines, ours.lists, cases, settings, old)
-    said = dict(questions=said, window=[day_of(moments.test), day_of(moments.now)], guarded=guarded, newcomers=int((~old).sum()), rules=settings.serving.rules,
+    said = dict(questions=said, window=[day_of(moments.test), day_of(moments.now)], guarded=guarded, newcomers=int((~old).sum()), rules=settings.serving.rules, people=label_run(engine, features, settings.data_dir, e.cutoffs[0]), labels=labels_digest(settings.data_dir),
                 beats_best=all(q["against"][q["best_baseline"]]["low"] > 0 for q in said.values()))
     write_json(Path(out)/"evaluation.json", said)
     return said

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core.files import read_json, write_json
 from ..core.settings import RecsysError, Settings
+from ..evaluation.labels import still_labelled
 from .act import Held, check_hold, decide_failure, decision_in, shop_day, still_decided
 from .gate import read_gate
 from .publish import Refused, release, still_judged
@@ -108,7 +109,8 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     def gate(step, folders):
         if step.name == "publish" and not allow_regression: check_gate(read_json(folders["evaluate"]/"evaluation.json"), metric, settings.evaluation.min_cases)
         if step.name == "publish": check_hold(folders["decide"], settings)
-    def in_force(step, folder): return still_decided(folder, settings) if step.name == "decide" else step.name != "publish" or still_judged(folder, settings, allow_regression)
+    checks = dict(evaluate=lambda f: still_labelled(f, settings.data_dir), decide=lambda f: still_decided(f, settings), publish=lambda f: still_judged(f, settings, allow_regression))
+    def in_force(step, folder): return step.name not in checks or checks[step.name](folder)
     def after(records): released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression))
     try: run(settings, date, records, say, gate, in_force, after)
     except Exception as e: error = e
