@@ -7,7 +7,7 @@ __all__ = ['TODO', 'DEEDS', 'column_findings', 'attribution_findings', 'business
            'quality_findings', 'check_findings', 'failure_finding', 'moment_day', 'run_findings', 'with_words',
            'alert_of', 'do', 'decisions_file', 'made_from', 'decide_on', 'decide_run', 'decision_in', 'still_decided',
            'Held', 'check_hold', 'decide_failure', 'shop_day', 'person_falls_back', 'decision_rows', 'finding_rows',
-           'verdict_of']
+           'verdict_of', 'status_lines']
 
 # %% ../../nbs/9_operations/27_act.ipynb #1a1f0052
 import math
@@ -20,7 +20,7 @@ from ..core.files import digest, read_json, write_json
 from ..core.jobs import folder_of
 from ..core.settings import RecsysError, Settings, as_dict
 from ..monitoring.attribution import collapses
-from .alerts import Alert, Case, answer, close_gone, deliver, raise_alert, read_cases, words
+from .alerts import Alert, Case, answer, close_gone, deliver, listing, raise_alert, read_cases, who, words
 from .decisions import SEVERITIES, Decision, Finding, note_person, policy_of, read_decisions, settle, sorted_findings, unsound
 from ..serving.fallback import fallback_line, read_fallback, set_fallback
 
@@ -185,9 +185,9 @@ def check_hold(folder: str | Path, settings: Settings):
     raise Held(f"nothing is published: {d.because}", "decide", "repair it, or `" + "`, `".join(f"recsys approve {i}" for i in ids[:3]) + "` and run again")
 
 # %% ../../nbs/9_operations/27_act.ipynb #a44238a9
-def decide_failure(settings: Settings, step: str, why: str, day: str, label: str) -> Decision:
+def decide_failure(settings: Settings, step: str, why: str, day: str, label: str, now: datetime | None = None) -> Decision:
     "Decide on the failure of a step in the run `label` (a folder of reports/runs)."
-    return decide_on(settings, [failure_finding(step, why, day, f"runs/{label}/{step}.html")], day, ["failure", label, step, why])
+    return decide_on(settings, [failure_finding(step, why, day, f"runs/{label}/{step}.html")], day, ["failure", label, step, why], now)
 
 # %% ../../nbs/9_operations/27_act.ipynb #a90ffcd8
 def shop_day(settings: Settings) -> str:
@@ -195,15 +195,17 @@ def shop_day(settings: Settings) -> str:
     try: return moment_day(folder_of("ingest", "", settings))
     except RecsysError: return date.today().isoformat()
 
-def person_falls_back(settings: Settings, level: int | None, why: str, by: str) -> str:
+def person_falls_back(settings: Settings, level: int | None, why: str, by: str, now: datetime | None = None) -> str:
     "Set or end the fallback by hand; the state of the switch in words."
+    by = who(by)
     set_fallback(settings.data_dir, level, why, by)
     history = read_decisions(decisions_file(settings))
     note_person(decisions_file(settings), history[-1].day[:10] if history else shop_day(settings), level or 0, why, by)
-    if not level and history:
-        keys = {k for k, a in history[-1].calls.items() if a == "fall_back"}
+    last = next((d for d in reversed(history) if d.by == "policy"), None)
+    if not level and last:
+        keys = {k for k, a in last.calls.items() if a == "fall_back"}
         for c in read_cases(settings).values():
-            if c.alert.key in keys and not c.closed: answer(settings, c.id, "vetoed", why, by)
+            if c.alert.key in keys and not c.closed: answer(settings, c.id, "vetoed", why, by, now=now)
     return fallback_line(read_fallback(settings.data_dir))
 
 # %% ../../nbs/9_operations/27_act.ipynb #878e8b2c
@@ -220,3 +222,11 @@ def finding_rows(d: Decision) -> list[dict]:
 def verdict_of(d: Decision) -> str:
     "good, warning or bad, for the light on a page."
     return "bad" if d.action in ("ask", "fall_back") or d.fallback else "warning" if d.action != "nothing" or d.calls else "good"
+
+# %% ../../nbs/9_operations/27_act.ipynb #4dc22d4a
+def status_lines(settings: Settings) -> list[str]:
+    "Decision, fallback and open alerts, a line each."
+    decisions, rows = read_decisions(decisions_file(settings)), listing(settings)
+    last = f"decided {decisions[-1].day}: {decisions[-1].action} ({decisions[-1].because})" if decisions else "nothing decided yet"
+    worst = ", ".join(f"{n} {s}" for s in SEVERITIES[::-1] if (n := sum(r["severity"] == s for r in rows)))
+    return [last, fallback_line(read_fallback(settings.data_dir)), f"open alerts: {worst or 'none'}"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'SEVERITIES', 'NOTICES', 'ANSWERS', 'SENDERS', 'Alert', 'Act', 'alerts_file', 'Case', 'cases_of', 'read_cases',
-           'channels_of', 'raise_alert', 'close_gone', 'answer', 'words', 'tend', 'notice_of', 'signature',
-           'send_webhook', 'message_of', 'send_email', 'deliver', 'listing', 'shown', 'judged']
+           'channels_of', 'raise_alert', 'close_gone', 'who', 'later', 'answer', 'words', 'tend', 'notice_of',
+           'signature', 'send_webhook', 'message_of', 'send_email', 'deliver', 'listing', 'shown', 'judged']
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #22eff7c0
 import fcntl, getpass, hashlib, hmac, http.client, logging, smtplib, ssl, time, urllib.error, urllib.request
@@ -161,6 +161,14 @@ def _found(cases: dict[str, Case], id: str) -> Case:
     if len(mine) == 1: return mine[0]
     raise RecsysError(f"{len(mine)} alerts have an id that begins with this" if mine else "no such alert", f"alert '{id}'", "`recsys alerts --all` lists them")
 
+def who(by: str) -> str:
+    "The name of a person: as given, or of this session's user."
+    if by == "policy": raise RecsysError("'policy' is no person", "--by", "give a name")
+    try: return by or getpass.getuser()
+    except (OSError, KeyError): return "somebody"  # a session without a user
+
+def later(hours: float, now: datetime | None = None) -> str: return _now((now or datetime.now(timezone.utc)) + timedelta(hours=hours))
+
 def answer(settings: Settings, id: str, act_: str, why: str = "", by: str = "", until: str = "", now: datetime | None = None) -> Case:
     "Write a person's answer down: one of ANSWERS, snoozed (until a moment), or labelled (why: true or false, and a reason)."
     if act_ not in (*ANSWERS, "snoozed", "labelled"): raise RecsysError(f"'{act_}' is no answer", "alert", f"answers: {', '.join((*ANSWERS, 'snoozed', 'labelled'))}")
@@ -168,7 +176,7 @@ def answer(settings: Settings, id: str, act_: str, why: str = "", by: str = "", 
     with _acting(settings, now) as (cases, act):
         c = _found(cases, id)
         if c.closed and act_ != "labelled": raise RecsysError("this alert is closed: what it was about has gone", f"alert '{c.id}'", "a label can still be given")
-        return act(c.id, act_, by=by or getpass.getuser(), why=why, until=until)
+        return act(c.id, act_, by=who(by), why=why, until=until)
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #13306db5
 def words(settings: Settings, now: datetime | None = None) -> dict[str, tuple[str, str]]:
