@@ -6,7 +6,7 @@
 __all__ = ['parser', 'main']
 
 # %% ../../nbs/9_operations/07_cli.ipynb #aaa08b35
-import argparse, sys
+import argparse, os, sys
 
 # %% ../../nbs/9_operations/07_cli.ipynb #99413e5f
 def _line(step, said) -> str:
@@ -200,6 +200,7 @@ def _serve(a):
 
 def _status(a):
     from recsys.core.settings import load_settings
+    from recsys.operations.act import status_lines
     from recsys.operations.index import read_runs
     from recsys.operations.runner import bundles_folder
     from recsys.serving.bundle import versions
@@ -208,6 +209,36 @@ def _status(a):
     runs, _ = read_runs(s.reports_dir)
     for r in runs[:5]: print(f"{r.date}  {r.status:<10} {r.headline.sentence if r.headline else ''}")
     print(f"serving: {(bundles/'current').resolve().name if (bundles/'current').exists() else 'nothing yet'}   versions: {', '.join(versions(bundles)) or 'none'}")
+    for line in status_lines(s): print(line)
+    return 0
+
+# %% ../../nbs/9_operations/07_cli.ipynb #38e72fed
+def _alerts(a):
+    from recsys.core.settings import load_settings
+    from recsys.operations.alerts import deliver, listing, shown
+    s = load_settings()
+    deliver(s); print(shown(listing(s, a.all)))
+    return 0
+
+def _answer(a):
+    from recsys.core.settings import load_settings
+    from recsys.operations.alerts import answer, later
+    until = later(a.hours) if a.answer == "snoozed" else ""
+    c = answer(load_settings(), a.id, a.answer, " ".join(filter(None, (getattr(a, "truth", ""), a.why))), a.by, until)
+    print(f"{c.id} {c.alert.key}: {a.answer}" + (f" until {until}" if until else "") + ("; the next run goes on" if a.answer == "approved" else ""))
+    return 0
+
+def _label_item(a):
+    from recsys.core.settings import load_settings
+    from recsys.evaluation.labels import add_label
+    add_label(load_settings().data_dir, a.user, a.item, a.verdict == "good", a.by, a.why)
+    print(f"{a.item} is {a.verdict} for {a.user}; the next run evaluates with it")
+    return 0
+
+def _fallback(a):
+    from recsys.core.settings import load_settings
+    from recsys.operations.act import person_falls_back
+    print(person_falls_back(load_settings(), None if a.level == "off" else int(a.level), a.why, a.by))
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #e7c0a1b3
@@ -551,6 +582,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--users", type=int, help="accounts; by default as many as make the events"); c.add_argument("--items", type=int, help="by default one per 250 events")
     c.add_argument("--shop", metavar="FILE", help="TOML: knobs that differ from the usual ones, and [[shocks]]")
     c.add_argument("--calibrate", action="store_true", help="popularity, baskets, gaps, hours and weekdays of the log last ingested; shows how near it comes")
+    def said(c, why=False): c.add_argument("--why", default="", required=why, metavar="TEXT"); c.add_argument("--by", default=os.environ.get("USER", ""), metavar="NAME", help="who says it (default: the user of this session)")
     features = command("features", None, "tables of live features, and the door to Feast").add_subparsers(required=True, metavar="WHAT")
     def of(parent, name, do, text):
         c = parent.add_parser(name, help=text, description=text); c.set_defaults(do=do); c.add_argument("--out", required=True, metavar="PATH")
@@ -600,6 +632,17 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--anyway", action="store_true", help="though the gate has refused it")
     c = command("rollback", _rollback, "end what is on trial, or let the version before serve again")
     c.add_argument("--to", metavar="VERSION", help="another than the one before"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
+    c = command("alerts", _alerts, "what people should know, the most severe first; sends what could not be sent"); c.add_argument("--all", action="store_true", help="closed ones, too")
+    for name, act, text in (("approve", "approved", "go on in spite of an alert: what waits for it may be published"), ("veto", "vetoed", "do not act on an alert: no fallback and no retraining because of it; what waits goes on waiting"),
+                            ("acknowledge", "acknowledged", "somebody is at it: nobody else is told"), ("snooze", "snoozed", "be quiet about it for some hours")):
+        c = command(name, _answer, text); c.set_defaults(answer=act); c.add_argument("id", metavar="ID", help="of `recsys alerts`; its first characters will do"); said(c)
+        if name == "snooze": c.add_argument("--hours", type=float, default=24)
+    label = command("label", None, "what a person says: was an alarm true, is an item good for a user").add_subparsers(required=True, metavar="WHAT")
+    c = label.add_parser("alarm", help="was it true?", description="was an alarm true? A false one no longer counts"); c.set_defaults(do=_answer, answer="labelled"); c.add_argument("id", metavar="ID"); c.add_argument("truth", choices=("true", "false")); said(c)
+    c = label.add_parser("item", help="is it good for a user?", description="should an item be on the list of a user? The next evaluation says how far lists agree"); c.set_defaults(do=_label_item)
+    c.add_argument("user", metavar="USER"); c.add_argument("item", metavar="ITEM"); c.add_argument("verdict", choices=("good", "bad")); said(c)
+    c = command("fallback", _fallback, "make the service answer more simply, at once: 1 fewer candidates, 2 no ranker, 3 the segment's list, 4 the list of all; or off")
+    c.add_argument("level", choices=("1", "2", "3", "4", "off")); said(c, why=True)
     command("status", _status, "the last runs and what is being served")
     return p
 
