@@ -59,7 +59,7 @@ def test_a_fallback_is_never_refused_and_never_flaps(stream, policy):
         if before.fallback and not d.fallback:  # it comes back: the last days were clean, all of them
             recent = sorted({day_of(e) for e in history[:k + 1]})[-policy.clear_days:]
             assert len(recent) == policy.clear_days
-            assert not any("fall_back" in e.calls.values() for e in history[:k + 1] if day_of(e) in recent)
+            assert not any("fall_back" in e.calls.values() or unsound(e.findings) for e in history[:k + 1] if day_of(e) in recent)
 
 @given(streams, policies)
 def test_learning_keeps_its_pauses_and_its_budget(stream, policy):

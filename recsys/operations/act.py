@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TODO', 'DEEDS', 'column_findings', 'attribution_findings', 'business_findings', 'concept_findings', 'drift_findings',
            'quality_findings', 'check_findings', 'failure_finding', 'moment_day', 'run_findings', 'with_words',
-           'alert_of', 'do', 'decisions_file', 'made_from', 'decide_on', 'decide_run', 'decision_in', 'still_decided',
+           'alert_of', 'decisions_file', 'do', 'made_from', 'decide_on', 'decide_run', 'decision_in', 'still_decided',
            'Held', 'check_hold', 'decide_failure', 'shop_day', 'person_falls_back', 'decision_rows', 'finding_rows',
            'verdict_of', 'status_lines']
 
@@ -133,28 +133,28 @@ def alert_of(f: Finding, d: Decision) -> Alert:
     acted = d.action != "nothing" and d.calls.get(f.key) == d.action
     return Alert(f.key, f.severity, f.what or f"{f.key}: {f.value:.4g} beyond {f.threshold:.4g}", " ".join(filter(None, (TODO[f.kind], DEEDS[d.action] if acted else ""))), f.evidence, f.day, source="decisions")
 
-def do(settings: Settings, d: Decision, newest: bool = True, now: datetime | None = None) -> list[Case]:
-    "Let the service and people know of a decision; the cases."
-    if not newest: return []
+def decisions_file(settings: Settings) -> Path: return settings.data_dir/"decisions.jsonl"
+
+def do(settings: Settings, d: Decision, whole: bool = True, now: datetime | None = None) -> list[Case]:
+    "Let the service and people know of a decision, unless there are decisions of later days; the cases. `whole`: all was looked at, so what is not among the findings has gone."
+    if any(e.day[:10] > d.day[:10] for e in read_decisions(decisions_file(settings))): return []
     before, level = read_fallback(settings.data_dir), d.fallback or None
     if (before.level if before else None) != level: set_fallback(settings.data_dir, level, d.because, d.by)
     cases = [raise_alert(settings, alert_of(f, d), now) for f in d.findings if f.severity != "info"]
-    close_gone(settings, "decisions", {c.alert.key for c in cases}, now)
+    if whole: close_gone(settings, "decisions", {c.alert.key for c in cases}, now)
     deliver(settings, now)
     return cases
 
 # %% ../../nbs/9_operations/27_act.ipynb #de06c545
-def decisions_file(settings: Settings) -> Path: return settings.data_dir/"decisions.jsonl"
-
 def made_from(names: list[str], findings: list[Finding], settings: Settings) -> str:
     "What a decision is made from, as a name."
     return digest(sorted(names), sorted((f.key, f.word) for f in findings if f.word), as_dict(settings, "decisions"))
 
-def decide_on(settings: Settings, findings: list[Finding], day: str, names: list[str], now: datetime | None = None) -> Decision:
-    "Decide on findings, write it down and do it; `names` of what was found out from."
-    findings, log = with_words(findings, words(settings, now)), decisions_file(settings)
-    d = settle(log, findings, policy_of(settings), day, made_from(names, findings, settings))
-    do(settings, d, all(e.day[:10] <= day[:10] for e in read_decisions(log)), now)
+def decide_on(settings: Settings, findings: list[Finding], day: str, names: list[str], now: datetime | None = None, whole: bool = True) -> Decision:
+    "Decide on findings, write it down and do it; `names` of what was found out from, `whole` as in `do`."
+    findings = with_words(findings, words(settings, now))
+    d = settle(decisions_file(settings), findings, policy_of(settings), day, made_from(names, findings, settings))
+    do(settings, d, whole, now)
     return d
 
 def decide_run(folders: dict[str, Path], out: str | Path, settings: Settings, now: datetime | None = None) -> Decision:
@@ -187,7 +187,7 @@ def check_hold(folder: str | Path, settings: Settings):
 # %% ../../nbs/9_operations/27_act.ipynb #a44238a9
 def decide_failure(settings: Settings, step: str, why: str, day: str, label: str, now: datetime | None = None) -> Decision:
     "Decide on the failure of a step in the run `label` (a folder of reports/runs)."
-    return decide_on(settings, [failure_finding(step, why, day, f"runs/{label}/{step}.html")], day, ["failure", label, step, why], now)
+    return decide_on(settings, [failure_finding(step, why, day, f"runs/{label}/{step}.html")], day, ["failure", label, step, why], now, whole=False)
 
 # %% ../../nbs/9_operations/27_act.ipynb #a90ffcd8
 def shop_day(settings: Settings) -> str:

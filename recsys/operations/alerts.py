@@ -21,6 +21,7 @@ from ..core.files import digest, full_disk_is_clear, journal, read_journal
 from ..core.settings import RecsysError, Settings
 
 log = logging.getLogger("recsys.alerts")
+log.addHandler(logging.NullHandler()) # a program that shows logs shows these, too; the terminal's lines are those of the command
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #4f407756
 SEVERITIES = ("info", "warning", "critical")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SEVERITIES', 'ACTIONS', 'INPUTS', 'Finding', 'sorted_findings', 'Policy', 'policy_of', 'call_for', 'Change',
-           'Decision', 'encode', 'Past', 'past_of', 'days_in_a_row', 'clean_days', 'within_week', 'fallback_after',
-           'answered', 'unsound', 'learning', 'variations', 'decide', 'read_decisions', 'settle', 'note_person']
+           'Decision', 'encode', 'Past', 'unsound', 'past_of', 'days_in_a_row', 'clean_days', 'within_week',
+           'fallback_after', 'answered', 'learning', 'variations', 'decide', 'read_decisions', 'settle', 'note_person']
 
 # %% ../../nbs/9_operations/25_decisions.ipynb #a10c53ef
 from collections import Counter
@@ -107,23 +107,30 @@ class Past(Struct):
     today: date
     fallback: int = 0                 # level in force
     by: str = "policy"                # who set it
-    days: list[tuple[date, set[str], bool]] = [] # newest first, without today: keys that were there, was a fallback called for?
+    days: list[tuple[date, set[str], bool]] = [] # newest first, without today: keys that were there, was it no clean day?
     fell: list[date] = []             # fallbacks by the policy
     learned: list[tuple[date, Decision]] = []    # retrainings and refreshes, oldest first
-    dirty: bool = False               # has a fallback been called for today?
+    dirty: bool = False               # is today no clean day, by an earlier decision?
+
+INPUTS = ("data", "attribution", "pipeline") # kinds that say, when critical, that what is seen and learned from is wrong
+
+def unsound(findings: list[Finding]) -> list[Finding]:
+    "Findings because of which one can neither learn nor give the all-clear."
+    return [f for f in findings if f.severity == "critical" and f.kind in INPUTS and f.word not in ("approved", "false")]
 
 def past_of(history: list[Decision], today: str) -> Past:
     "The past of a decision."
     past, days = Past(_day(today)), {}
     for d in history:
         if d.fallback != past.fallback or d.by != "policy": past.by = d.by
-        past.fallback, when, called = d.fallback, _day(d.day), "fall_back" in d.calls.values()
+        past.fallback, when = d.fallback, _day(d.day)
+        bad = "fall_back" in d.calls.values() or bool(unsound(d.findings))
         if d.action == "fall_back" and d.by == "policy": past.fell.append(when)
         if d.action in ("retrain", "refresh"): past.learned.append((when, d))
-        if when == past.today: past.dirty |= called
+        if when == past.today: past.dirty |= bad
         elif d.by == "policy":
-            keys, bad = days.get(when, (set(), False))
-            days[when] = keys | {f.key for f in d.findings if f.severity != "info"}, bad or called
+            keys, before = days.get(when, (set(), False))
+            days[when] = keys | {f.key for f in d.findings if f.severity != "info"}, before or bad
     past.days = [(when, *days[when]) for when in sorted(days, reverse=True)]
     return past
 
@@ -137,11 +144,11 @@ def days_in_a_row(past: Past, key: str) -> int:
     return n
 
 def clean_days(past: Past) -> int:
-    "Days of decisions up to today without a call for a fallback; there is none now."
+    "Clean days of decisions in a row up to today."
     if past.dirty: return 0
     n = 1
-    for _, _, called in past.days:
-        if called: break
+    for _, _, bad in past.days:
+        if bad: break
         n += 1
     return n
 
@@ -169,12 +176,6 @@ def answered(f: Finding, past: Past, policy: Policy) -> bool:
     return bool(f.since and done) and max(done) >= _day(f.since) + timedelta(days=policy.learned_days)
 
 # %% ../../nbs/9_operations/25_decisions.ipynb #b94e9fba
-INPUTS = ("data", "attribution", "pipeline") # kinds that say, when critical, that one would learn from wrong inputs
-
-def unsound(findings: list[Finding]) -> list[Finding]:
-    "Findings that forbid to learn."
-    return [f for f in findings if f.severity == "critical" and f.kind in INPUTS and f.word not in ("approved", "false")]
-
 def learning(calls: dict[str, list[Finding]], past: Past) -> tuple[str, list[Finding]]:
     "Which of retrain, refresh and nothing is called for, and by what."
     cured = [f for f in calls["fall_back"] if f.kind not in INPUTS] if past.fallback else []
@@ -189,6 +190,7 @@ def _chosen(findings: list[Finding], past: Past, policy: Policy) -> tuple[str, i
     called = {f.key: call_for(f, days_in_a_row(past, f.key), policy) for f in findings}
     called |= {f.key: "nothing" for f in findings if called[f.key] == "retrain" and answered(f, past, policy)}
     calls = {a: [f for f in findings if called[f.key] == a] for a in ACTIONS}
+    past = msgspec.structs.replace(past, dirty=past.dirty or bool(unsound(findings)))
     level, said = fallback_after(calls["fall_back"], past, policy)
     action, why = ("fall_back", said) if level and not past.fallback else _other(findings, calls, past, policy)
     return action, level, "; ".join(dict.fromkeys(s for s in (said, why) if s)), {k: a for k, a in called.items() if a != "nothing"}
