@@ -169,6 +169,11 @@ def _effects(effects):
     Console().print(table)
 
 # %% ../../nbs/9_operations/07_cli.ipynb #094ed1a9
+def _schedule(a):
+    from recsys.core.settings import load_settings
+    from recsys.operations.schedule import schedule
+    return schedule(load_settings())
+
 def _releases(a):
     from recsys.core.settings import load_settings
     from recsys.operations.registry import releases_text
@@ -625,6 +630,7 @@ def parser() -> argparse.ArgumentParser:
     c = of(bench, "experiments", _bench_experiments, "how often the rules for experiments are wrong and right, simulated and on real ones")
     c.add_argument("--tests", type=int, default=10_000, help="experiments without an effect"); c.add_argument("--ids", type=int, default=10_000_000, help="that are assigned")
     c.add_argument("--data", metavar="DIR", help="with asos_experiments and open_bandit (default: the data folder)")
+    command("schedule", _schedule, "wait, and run the daily cycle at every moment of [schedule] cron")
     c = command("releases", _releases, "what served when, why, and where one could go back to"); c.add_argument("--most", type=int, default=20, help="changes that are shown")
     c = command("promote", _promote, "let a version serve: a shadow, a share of the visitors, or all of them")
     c.add_argument("version", metavar="VERSION"); c.add_argument("--stage", choices=("shadow", "share", "all"), default="all")
