@@ -132,6 +132,35 @@ def test_what_lost_is_not_published(tmp_path):
     again = recsys(folder, "run", "--allow-regression")
     assert again.returncode == 0 and [n for n, l in lines(again.stdout).items() if "skipped" not in l] == ["publish"]
 
+def test_the_gate_lets_an_equal_ranker_in_and_keeps_one_out_that_says_the_opposite(published, shop, tmp_path):
+    "Beside the version of the run, on its own test weeks. The failed checks are those that it must fail."
+    from recsys.core.settings import load_settings
+    from recsys.operations.publish import Refused, publish, release
+    from recsys.operations.registry import releases, serving
+    assert recsys(shop, "run", "--allow-regression").returncode == 0
+    s = load_settings(shop/"settings.ini")
+    now, bundles = serving(s), shop/"data/bundles"
+    folders = {n: shop/"data/steps"/f for n, f in json.loads((bundles/"current/manifest.json").read_text())["parents"].items()}
+    def judged(name, change):
+        train, out = tmp_path/f"train-{name}", tmp_path/name
+        shutil.copytree(folders["train"], train); change(train/"ranker.txt"); out.mkdir()
+        return out, publish(folders | dict(train=train), bundles, out, s)[2]
+    def turned(file):
+        text = re.sub(r"(?m)^tree_sizes=.*\n", "", file.read_text())
+        file.write_text(re.sub(r"(?m)^leaf_value=(.*)$", lambda m: "leaf_value=" + " ".join(str(-float(v)) for v in m[1].split()), text))
+    out, bad = judged("bad", turned)
+    failed = {c.name for c in bad.checks if not c.passed}
+    assert bad.verdict == "refused" and bad.champion == now and {"next basket: NDCG@5", "completion: NDCG@5", "next basket: probabilities"} <= failed and "rules" not in failed
+    before = releases(s)
+    with pytest.raises(Refused, match="NDCG@5: -"): release(out, s, "a test")
+    r = recsys(shop, "promote", bad.challenger, "--why", "a test")
+    assert r.returncode == 1 and releases(s) == before and serving(s) == now
+    one_line(r, "the gate refused version", "--anyway")
+    out, same = judged("same", lambda file: None)
+    assert same.verdict == "passed" and {c.name: c.value for c in same.checks if "NDCG" in c.name} == {"next basket: NDCG@5": 0, "completion: NDCG@5": 0}, same
+    release(out, s, "a test")
+    assert serving(s) == same.challenger and recsys(shop, "rollback", "--why", "a test").returncode == 0 and serving(s) == now
+
 def toy_job(folder, *cells: str):
     "A project folder whose only job, `toy`, has these cells."
     import nbformat.v4 as nb4
@@ -160,7 +189,7 @@ def test_two_runs_at_once_are_refused(published, shop):
     with (shop/"data/.lock").open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         r = recsys(shop, "run")
-    assert r.returncode == 1
+    assert r.returncode == 75
     one_line(r, "another run", "wait for it to end")
 
 def test_interrupting_is_no_failure(tmp_path):

@@ -31,7 +31,7 @@ from ..ranking.rows import Cases
 from ..ranking.rules import holds, matches
 from ..serving.bundle import Bundle
 from ..serving.dry_run import sample_requests
-from ..serving.engine import Engine, Request, recommend
+from ..serving.engine import Answer, Engine, Request, recommend
 
 # %% ../../nbs/9_operations/29_gate.ipynb #1c42c95c
 class Check(Struct, omit_defaults=True):
@@ -94,10 +94,9 @@ def slice_check(question: str, rows: list[dict], margin: float) -> Check:
     return Check(f"{question.replace('_', ' ')}: slices", not lost, worst, -margin, f"lost for certain: {names}" if lost else f"{len(told)} slices, none has certainly lost more than {margin:.0%}")
 
 # %% ../../nbs/9_operations/29_gate.ipynb #e02f83f6
-def faults_of(engine: Engine, request: Request, place: int) -> list[str]:
-    "What is wrong with an answer; `place`: which request it is."
-    answer, c, rules = recommend(engine, request, f"gate-{place}"), engine.catalogue, engine.rules
-    ids, found = [s.item_id for s in answer.items], []
+def faults_of(engine: Engine, request: Request, answer: Answer) -> list[str]:
+    "What is wrong with an answer of the engine."
+    c, rules, ids, found = engine.catalogue, engine.rules, [s.item_id for s in answer.items], []
     codes = np.array([engine.bundle.item_codes[i] for i in ids], int)
     if not ids: found.append("an empty list")
     if len({*ids}) < len(ids): found.append("an item twice")
@@ -110,7 +109,7 @@ def faults_of(engine: Engine, request: Request, place: int) -> list[str]:
 
 def rule_check(engine: Engine, requests: list[Request]) -> Check:
     "Nothing may come out that must not."
-    found = [f for k, r in enumerate(requests) for f in faults_of(engine, r, k)]
+    found = [f for k, r in enumerate(requests) for f in faults_of(engine, r, recommend(engine, r, f"gate-{k}"))]
     most = max({*found}, key=found.count, default="")
     return Check("rules", not found, float(len(found)), 0.0, f"{len(found)} faults in {len(requests)} lists: {most} ({found.count(most)})" if found else f"{len(requests)} lists without a fault")
 
