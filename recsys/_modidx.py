@@ -2930,6 +2930,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'recsys/operations/bench_drift.py'),
                                                'recsys.operations.bench_drift.real_figures': ( '9_operations/bench_drift.html#real_figures',
                                                                                                'recsys/operations/bench_drift.py'),
+                                               'recsys.operations.bench_drift.reasons_for': ( '9_operations/bench_drift.html#reasons_for',
+                                                                                              'recsys/operations/bench_drift.py'),
                                                'recsys.operations.bench_drift.shap_figures': ( '9_operations/bench_drift.html#shap_figures',
                                                                                                'recsys/operations/bench_drift.py'),
                                                'recsys.operations.bench_drift.study_table': ( '9_operations/bench_drift.html#study_table',
