@@ -519,6 +519,17 @@ def _bench_experiments(a):
           f"{said['seconds']:.0f} s. Look at {bench_page('experiments', s, [a.out])}")
     return 0
 
+def _bench_loop(a):
+    from rich.console import Console
+    from recsys.core.settings import load_settings
+    from recsys.operations.bench_loop import bench_loop, in_short
+    from recsys.operations.figures import bench_page
+    s = load_settings()
+    with Console(stderr=True).status("playing") as status:
+        said = bench_loop(a.out, s, a.days, a.visits, a.seed, a.daily_days, say=lambda note: status.update(f"playing: {note}"))
+    print(f"{in_short(said)} Look at {bench_page('loop', s, [a.out])}")
+    return 0
+
 def _bench_shop(a):
     from rich.console import Console
     from recsys.core.settings import load_settings
@@ -649,6 +660,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("user", metavar="USER"); c.add_argument("item", metavar="ITEM"); c.add_argument("verdict", choices=("good", "bad")); said(c)
     c = command("fallback", _fallback, "make the service answer more simply, at once: 1 fewer candidates, 2 no ranker, 3 the segment's list, 4 the list of all; or off")
     c.add_argument("level", choices=("1", "2", "3", "4", "off")); said(c, why=True)
+    c = of(bench, "loop", _bench_loop, "a simulated year before the real service, with six disasters: what was found, decided and earned, beside never and daily retraining and an oracle")
+    c.add_argument("--days", type=int, default=365); c.add_argument("--visits", type=int, default=150, help="a day, about"); c.add_argument("--seed", type=int, default=1)
+    c.add_argument("--daily-days", type=int, metavar="N", help="play only N days of the costly daily retraining; compared on these")
     command("status", _status, "the last runs and what is being served")
     return p
 

@@ -103,7 +103,7 @@ def stacked(table: pl.DataFrame, x: str, y: str, color: str, title: str, hint: s
     return figure(fitted, title, "Stacked bars: " + "; ".join(r["says"] for r in rows) + ".")
 
 # %% ../../nbs/9_operations/11_figures.ipynb #66d5895d
-KEYS = dict(features=("engine", "events"), sessions=("data", "n_cases"), sequences=("data", "n_cases"), shop=("data", "moment"), serving=("items", "users"), drift=("rows", "runs"), experiments=("aa_tests",)) # what tells two runs of a benchmark apart
+KEYS = dict(features=("engine", "events"), sessions=("data", "n_cases"), sequences=("data", "n_cases"), shop=("data", "moment"), serving=("items", "users"), drift=("rows", "runs"), experiments=("aa_tests",), loop=("days", "visits", "seed")) # what tells two runs of a benchmark apart
 
 def figures_of(folder: str | Path, name: str = "features") -> list[dict]:
     "What lies in `folder`/NAME*.json, sorted by the keys of that benchmark; of two with the same keys the latest."
@@ -113,7 +113,7 @@ def figures_of(folder: str | Path, name: str = "features") -> list[dict]:
     return [latest[k] for k in sorted(latest)]
 
 # %% ../../nbs/9_operations/11_figures.ipynb #e60e0000
-PAGES = dict(features="Features: benchmark on simulated events", next_item="The next item: benchmark", shop="The shop: benchmark against other libraries", serving="Serving: benchmark on a simulated shop", drift="Drift: what the reports promise, measured", experiments="Experiments: benchmark on simulated and real ones") # titles
+PAGES = dict(features="Features: benchmark on simulated events", next_item="The next item: benchmark", shop="The shop: benchmark against other libraries", serving="Serving: benchmark on a simulated shop", drift="Drift: what the reports promise, measured", experiments="Experiments: benchmark on simulated and real ones", loop="The loop: a simulated year") # titles
 
 def bench_page(name: str,            # of the notebook in nbs/benchmarks
                settings: Settings,

@@ -8,7 +8,7 @@ __all__ = ['SHOP', 'STEP', 'STEPS', 'LOGIN', 'Plan', 'open_shop', 'play_history'
            'feed_of']
 
 # %% ../../nbs/9_operations/31_year.ipynb #e2850773
-import math, os, signal, socket, subprocess, sys
+import math, os, signal, socket, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..data.simulator import (ADD, BUYING, CLICK, COLUMNS, CONSENT, CONTEXT, FOR
 from .simulated_clock import CLOCK, Clock
 
 # %% ../../nbs/9_operations/31_year.ipynb #47dbc325
-SHOP = Shop(placements=("home", "category", "cart"), positions=(8, 8, 6), bots=0., steps=2., late=0., duplicates=0., drift=.3, period_days=14, new_items=.5, life_days=270., restock=1., returns=0.,
+SHOP = Shop(quality=1., placements=("home", "category", "cart"), positions=(8, 8, 6), bots=0., steps=2., late=0., duplicates=0., drift=.3, period_days=14, new_items=.5, life_days=270., restock=1., returns=0.,
             session_ids=1., consent=1., tests=0., impression_share=.7, browsing=1.5)
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -215,9 +215,13 @@ def play_hour(w: SimpleNamespace, at: float, visits: list, ask, post, clock=None
 
 # %% ../../nbs/9_operations/31_year.ipynb #7cd1edfc
 class Line:
-    "A connection to the service on this machine; `failed` counts what was not answered with 200."
-    def __init__(self, port: int, most: int = 16): # requests on the way at most
-        self.sock, self.most, self.got, self.asked, self.failed = socket.create_connection(("127.0.0.1", port), 60), most, b"", 0, 0
+    "A connection to the service on this machine; `failed` counts what was not answered with 200, `refused` keeps the first of these."
+    def __init__(self, port: int, most: int = 16, rest: float = 3.): # requests on the way at most; seconds after which a connection that rested is made anew
+        self.port, self.most, self.rest, self.asked, self.failed, self.refused = port, most, rest, 0, 0, []
+        self.open()
+
+    def open(self):
+        self.sock, self.got, self.used = socket.create_connection(("127.0.0.1", self.port), 60), b"", time.monotonic()
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _more(self):
@@ -225,22 +229,26 @@ class Line:
         if not data: raise RecsysError("the service closed the connection", "simulated year", "see its service.log")
         self.got += data
 
-    def _answer(self) -> bytes | None:
+    def _answer(self, path: str) -> bytes | None:
         while (head := self.got.find(b"\r\n\r\n")) < 0: self._more()
         at = self.got.lower().find(b"content-length:", 0, head)
         end = head + 4 + int(self.got[at + 15:self.got.find(b"\r", at)])
         while len(self.got) < end: self._more()
-        status, body, self.got = self.got[9:12], self.got[head + 4:end], self.got[end:]
-        self.asked += 1; self.failed += status != b"200"
-        return body if status == b"200" else None
+        status, body, self.got = int(self.got[9:12]), self.got[head + 4:end], self.got[end:]
+        self.asked += 1
+        if status == 200: return body
+        self.failed += 1
+        if len(self.refused) < 20: self.refused.append(f"{path}: {status} {body[:200].decode(errors='replace')}")
 
     def send(self, path: str, bodies: list, method: str = "POST") -> list: # bodies of the answers, None: it failed
         "Send many, get as many answers."
+        if time.monotonic() - self.used > self.rest: self.sock.close(); self.open()
         head, found = f"{method} {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: ", []
         for k in range(0, len(bodies), self.most):
             texts = [msgspec.json.encode(b) for b in bodies[k:k + self.most]]
             self.sock.sendall(b"".join(f"{head}{len(t)}\r\n\r\n".encode() + t for t in texts))
-            found += [self._answer() for _ in texts]
+            found += [self._answer(path) for _ in texts]
+        self.used = time.monotonic()
         return found
 
 # %% ../../nbs/9_operations/31_year.ipynb #7fcce47a

@@ -1,0 +1,199 @@
+"The simulated year: visitors who are the same whatever is sold, a clock that the service believes, shocks, findings and the judgement; a short year through the real service."
+import json, subprocess, sys
+from datetime import date, datetime, timedelta, timezone
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings as how, strategies as st
+
+from recsys.core.settings import load_settings
+from recsys.operations import bench_loop as bl, year as yr, year_operator as op
+from recsys.operations.decisions import Decision, policy_of
+from recsys.operations.registry import releases
+from recsys.operations.simulated_clock import Clock
+from shop import make_shop
+
+TINY = yr.Plan(days=8, history=28, visits=60, items=60, users=80, hours=4)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory): return load_settings(make_shop(tmp_path_factory.mktemp("year")/"shop")/"settings.ini")
+
+
+def world(days: int, folder, plan=yr.Plan(days=6, history=2, visits=40, items=60, users=60)):
+    w = yr.open_shop(plan)
+    for day in range(plan.history + days): yr.begin_day(w, folder, day); coming = yr.visits_of(w, day)
+    return w, coming
+
+
+# ---- the world
+
+def test_who_comes_and_with_what_luck_does_not_depend_on_what_is_shown(tmp_path):
+    "The first page of a visit is asked for by the same people in the same places, before good lists and bad ones; and the next day is the same day."
+    seen = []
+    for pick in (slice(0, None), slice(None, None, -1)):
+        w, coming = world(1, tmp_path)
+        asked = []
+        def ask(visits, questions):
+            asked.append([(v.number, q["visitor_id"], q["placement"]) for v, q in zip(visits, questions)])
+            return [(f"r{v.number}-{len(v.requests)}", w.names.item_ids[:-1][pick][:q["n"]]) for v, q in zip(visits, questions)]
+        at = w.plan.midnight(0).timestamp()
+        yr.play_hour(w, at, [yr.new_visit(w, n, at, p, b) for n, (_, p, b) in enumerate(coming)], ask, lambda e: None)
+        yr.begin_day(w, tmp_path, w.plan.history + 1)
+        seen.append((asked[0], coming, yr.visits_of(w, w.plan.history + 1), w.shelf.cents.tolist()))
+    assert seen[0] == seen[1] and len(seen[0][0]) > 5
+
+
+def test_the_best_list_is_the_best_by_brute_force(tmp_path):
+    w, coming = world(1, tmp_path)
+    worth, rng = np.empty(w.items), np.random.default_rng(0)
+    for _, person, buying in coming[:10]:
+        yr.worth_of(person, buying, w.shelf, w.people, w.knobs, worth)
+        a = w.people.taste[person].astype(float) @ w.shelf.vector.T.astype(float)
+        click = 1 / (1 + np.exp(-(w.shelf.lure + w.knobs.taste * a)))
+        want = click * np.minimum(w.knobs.add[buying] * w.shelf.appeal * np.exp(.5 * w.knobs.taste * a), .9) * w.shelf.cents / 100
+        assert worth == pytest.approx(want, rel=1e-5)
+        best = np.sort(worth)[::-1][:6] @ w.knobs.seen[:6]
+        assert all(worth[rng.choice(w.items, 6, replace=False)] @ w.knobs.seen[:6] <= best + 1e-9 for _ in range(50))
+
+
+def test_events_name_the_list_they_came_from(tmp_path):
+    w, coming = world(1, tmp_path)
+    lists, got, at = {}, [], w.plan.midnight(0).timestamp()
+    def ask(visits, questions):
+        found = [(f"r{v.number}-{len(v.requests)}", w.names.item_ids[:q["n"]]) for v, q in zip(visits, questions)]
+        lists.update(found); return found
+    yr.play_hour(w, at, [yr.new_visit(w, n, at, p, b) for n, (_, p, b) in enumerate(coming)], ask, got.extend)
+    shown = {(e["request_id"], e["position"]): e["item_id"] for e in got if e["event_type"] == "impression"}
+    assert shown == {(r, k): i for r, ids in lists.items() for k, i in enumerate(ids, 1)}
+    followed = [e for e in got if e["event_type"] in ("click", "purchase", "add_to_cart") and "request_id" in e]
+    assert followed and all(shown[e["request_id"], e["position"]] == e["item_id"] for e in followed)
+    assert len({e["event_id"] for e in got}) == len(got) and all(e["ts"] >= w.plan.midnight(0) for e in got)
+
+
+def test_the_clock_is_believed_by_processes_that_are_spawned(tmp_path):
+    "As the workers of the service are."
+    clock = Clock(tmp_path/"clock", datetime(2024, 2, 29, tzinfo=timezone.utc).timestamp())
+    code = "import sys, time; from recsys.operations.simulated_clock import Clock, believe; believe(Clock(sys.argv[1])); t = time.time(); m = time.monotonic(); time.sleep(.05); print(t == time.time(), time.monotonic() > m, t)"
+    out = subprocess.run([sys.executable, "-c", code, str(clock.path)], capture_output=True, text=True, check=True).stdout.split()
+    assert out == ["True", "True", str(clock.now())]
+
+
+def test_a_feed_tells_each_change_once_and_never_the_future(tmp_path):
+    plan = yr.Plan(days=30, history=2, visits=20, items=80, users=40)
+    w, told, when = yr.open_shop(plan), {}, {}
+    for day in range(plan.total):
+        yr.begin_day(w, tmp_path, day)
+        for r in yr.feed_of(w, day, told):
+            assert told[r["item_id"]] == r and (r.get("available_to") is None or r["available_to"] <= w.start + timedelta(days=day))
+            when.setdefault(r["item_id"], day)
+        assert yr.feed_of(w, day, told) == []
+    born = dict(zip(w.names.item_ids, w.things.born))
+    assert all(day > born[i] for i, day in when.items()) and max(when.values()) > 2
+
+
+# ---- findings
+
+def counted(ctr, visitors: int = 120, seed: int = 0, familiar=None) -> op.Watch:
+    "A watch that has seen days with these rates of clicks, and of looks at familiar products."
+    w, rng = op.Watch.__new__(op.Watch), np.random.default_rng(seed)
+    w.settings, w.windows, w.w, w.days = load_settings(), 10, op.draws(300), [date(2024, 1, 1) + timedelta(days=k) for k in range(len(ctr))]
+    rows = []
+    for day, p, q in zip(w.days, ctr, familiar or [.6] * len(ctr)):
+        shown = rng.poisson(14, visitors) + 1
+        clicks, bucket = rng.binomial(shown, np.clip(rng.gamma(4, p / 4, visitors), 0, 1)), rng.integers(0, 64, visitors)
+        own = rng.poisson(2, visitors)
+        known = rng.binomial(own, q)
+        rows += [dict(day=day, bucket=b) | {n: float(x[bucket == b].sum()) for n, x in dict(impressions=shown, clicks=clicks, own=own, familiar=known).items()} for b in np.unique(bucket)]
+    w.sums = pl.DataFrame(rows)
+    return w
+
+
+def last(ctr, released=None, seed: int = 0, familiar=None):
+    w = counted(ctr, seed=seed, familiar=familiar)
+    return op.liked(w, w.days[-1] + timedelta(days=1), None if released is None else w.days[-1] - timedelta(days=released))
+
+
+def test_a_collapse_after_a_release_is_the_models_and_one_without_is_the_peoples():
+    assert [f.kind for f in last([.08] * 30 + [.03], released=0)] == ["quality"]
+    assert [f.kind for f in last([.08] * 30 + [.045] * 2)] == ["concept"]
+    assert [(f.kind, f.where) for f in last([.08] * 30, released=1, familiar=[.6] * 28 + [.3] * 2)] == [("concept", "demand")]
+    assert last([.08] * 20 + [.02]) == []  # too few days to know what is usual
+
+
+def test_quiet_days_are_quiet():
+    "False alarms of both questions on 150 windows without any change."
+    hits = sum(bool(last([.08] * 26, released, seed)) for seed in range(75) for released in (None, 1))
+    assert hits <= 3
+
+
+@how(max_examples=30, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_a_catalogue_is_whole_or_it_is_found(priced, bare):
+    items = pl.DataFrame(dict(item_id=[f"i{k}" for k in range(priced + bare + 1)], price=[1.] * (priced + 1) + [None] * bare, category=["A"] * (priced + bare + 1), available_to=[None] * (priced + bare + 1)),
+        schema_overrides=dict(available_to=pl.Datetime("us", "UTC")))
+    found = op.whole_catalogue(load_settings(), items, datetime(2024, 1, 1, tzinfo=timezone.utc))
+    assert bool(found) == ((priced + 1) / (priced + bare + 1) < .98)
+    assert all((f.kind, f.where, f.severity) == ("attribution", "catalogue.priced", "critical") for f in found)
+
+
+# ---- the judgement
+
+def year_of(days: int, seen=(), decided=()) -> dict:
+    dates = [str(date(2024, 1, 1) + timedelta(days=k)) for k in range(days)]
+    return dict(policy="loop", days=[dict(day=k, date=d, revenue=100., worth=1., lists=10, degraded=0, version="v") for k, d in enumerate(dates)], findings=[dict(kind=k, where=w, seen=n) for n, k, w in seen],
+        decisions=[dict(day=dates[n], action=a, because="") for n, a in decided], nights=[], failed_requests=0)
+
+
+def test_a_shock_is_found_by_its_own_sign_only_and_judged_by_what_follows():
+    s = bl.Shock("bots", 10, 2, 12.)
+    assert bl.fate_of(s, year_of(60, [(9, "pipeline", "robots"), (12, "data", "price"), (30, "pipeline", "robots")]))["found"] is False
+    fate = bl.fate_of(s, year_of(60, [(11, "pipeline", "robots")], [(8, "retrain"), (11, "nothing"), (12, "ask")]))
+    assert (fate["found"], fate["delay_days"], fate["decision"], fate["right"]) == (True, 1, "ask", True)
+
+
+def test_actions_on_quiet_days_are_false_and_those_near_a_shock_are_not():
+    s = bl.Shock("bots", 10, 2, 12.)
+    y = year_of(60, (), [(9, "retrain"), (10, "ask"), (12 + bl.AFTER, "retrain"), (13 + bl.AFTER, "refresh"), (40, "nothing")])
+    assert [(f["day"], f["action"]) for f in bl.false_actions([s], y)] == [(9, "retrain"), (13 + bl.AFTER, "refresh")]
+
+
+@how(max_examples=40, deadline=None)
+@given(st.lists(st.floats(1, 1000), min_size=20, max_size=60), st.floats(.5, 2))
+def test_the_ratio_of_a_year_to_its_multiple_is_exact(revenue, times):
+    ours, theirs = ([dict(revenue=x * t) for x in revenue] for t in (times, 1.))
+    r = bl.ratio(ours, theirs, draws=200)
+    assert r["value"] == pytest.approx(times) and r["low"] == pytest.approx(times) and r["high"] == pytest.approx(times)
+
+
+def test_its_interval_covers_what_is_true():
+    rng, inside = np.random.default_rng(1), 0
+    for seed in range(100):
+        base = rng.gamma(3, 100, 140)
+        ours, theirs = ([dict(revenue=x) for x in base * rng.gamma(50, m / 50, 140)] for m in (1.05, 1.))
+        r = bl.ratio(ours, theirs, draws=300, seed=seed)
+        inside += r["low"] <= 1.05 <= r["high"]
+    assert inside >= 85
+
+
+def test_shocks_are_spread_over_any_year_and_none_is_lost():
+    for days in (7, 12, 100, 365): assert [s.kind for s in bl.script_of(days)] == [k for k, *_ in bl.SCRIPT] and all(0 < s.day < days for s in bl.script_of(days))
+
+
+# ---- a short year through the real service
+
+def test_a_short_year_before_the_real_service(project, tmp_path):
+    "Outage, broken feed and bad model in eight days: found, decided, contained; no request fails; the log of decisions is what was told."
+    script = [bl.Shock("outage", 1, 1, .9), bl.Shock("feed", 3, 2, .5), bl.Shock("model", 7, 1, 1.)]
+    y = bl.run_year("loop", TINY, project, tmp_path/"loop", script)
+    assert y["failed_requests"] == 0 and not y["refused"] and len(y["days"]) == 8 and sum(d["clicks"] for d in y["days"]) > 50
+    outage, feed, model = (bl.fate_of(s, y) for s in script)
+    assert (outage["found"], outage["delay_days"], outage["right"]) == (True, 1, True)
+    assert (feed["found"], feed["delay_days"], feed["right"], feed["contained"]) == (True, 0, True, True)
+    s = op.year_settings(project, tmp_path/"loop")
+    kept = [json.loads(l) for l in (s.data_dir/"decisions.jsonl").read_text().splitlines()]
+    assert [d["action"] for d in kept] == [d["action"] for d in y["decisions"]] and len(kept) == 7
+    assert [r.version.endswith("-bad") for r in releases(s)][-1] and y["days"][-1]["version"].endswith("-bad")
+    fell = next(a["day"] for a in y["actions"] if a["what"] == "fallback")
+    assert y["days"][fell]["degraded"] >= .95 * y["days"][fell]["lists"] and y["days"][0]["degraded"] == 0
