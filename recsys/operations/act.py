@@ -176,11 +176,11 @@ class Held(RecsysError):
     "Publication waits for a person, or for sound inputs."
     exit_code = 4
 
-def check_hold(folder: str | Path, settings: Settings):
-    "Raise `Held` if the decision in a folder holds the publication."
+def check_hold(folder: str | Path, settings: Settings, forgiven: tuple[str, ...] = ()):
+    "Raise `Held` if the decision in a folder holds the publication; for nothing but findings of `forgiven` kinds it does not."
     d = decision_in(folder)
-    if not d.holds: return
-    keys = [k for k, a in d.calls.items() if a in ("ask", "fall_back")] or [f.key for f in unsound(d.findings)]
+    keys = {k for k, a in d.calls.items() if a in ("ask", "fall_back")} | {f.key for f in unsound(d.findings)}
+    if not d.holds or all(k.partition(":")[0] in forgiven for k in keys): return
     ids = sorted(c.id for c in read_cases(settings).values() if not c.closed and c.alert.key in keys)
     raise Held(f"nothing is published: {d.because}", "decide", "repair it, or `" + "`, `".join(f"recsys approve {i}" for i in ids[:3]) + "` and run again")
 

@@ -108,7 +108,7 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     metric = f"ndcg@{settings.evaluation.cutoffs[0]}"
     def gate(step, folders):
         if step.name == "publish" and not allow_regression: check_gate(read_json(folders["evaluate"]/"evaluation.json"), metric, settings.evaluation.min_cases)
-        if step.name == "publish": check_hold(folders["decide"], settings)
+        if step.name == "publish": check_hold(folders["decide"], settings, ("quality",) if allow_regression else ())
     checks = dict(evaluate=lambda f: still_labelled(f, settings.data_dir), decide=lambda f: still_decided(f, settings), publish=lambda f: still_judged(f, settings, allow_regression))
     def in_force(step, folder): return step.name not in checks or checks[step.name](folder)
     def after(records): released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression))
