@@ -1,6 +1,5 @@
 "From reports to deeds: what is read, what is done, who may stop it, and that a run decides once, through the real command."
 import json, re
-
 from pathlib import Path
 
 import msgspec
@@ -9,7 +8,6 @@ import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from recsys.core.files import write_json
-
 from recsys.evaluation.labels import add_label, labels_digest, read_labels
 from recsys.operations.act import decide_failure, decide_on, decisions_file, drift_findings, person_falls_back, run_findings
 from recsys.operations.alerts import answer, listing
