@@ -116,6 +116,14 @@ def test_what_does_not_change_is_decided_once(found, policy):
     assert len({d.fallback for d in history[policy.persist_days:]}) == 1
     assert {d.action for d in played([(1, [])] * 10, policy)} == {"nothing"}
 
+@given(streams, policies)
+def test_the_figures_of_a_fallback_are_no_reason_to_learn_or_to_ask(stream, policy):
+    history = played(stream, policy)
+    for k, d in enumerate(history):
+        days = [day_of(e) for e in history[:k] if e.fallback]
+        if days and day_of(d) - days[-1] < timedelta(days=7) or k and history[k - 1].fallback:
+            assert not [f for f in d.findings if f.kind in ("prediction", "business") and d.calls.get(f.key, "fall_back") != "fall_back"]
+
 def test_a_level_set_by_a_person_stays_until_a_person_ends_it(tmp_path):
     log, bad = tmp_path/"d.jsonl", Finding("attribution", "price", "critical", 0., .1, "2026-01-01")
     assert settle(log, [bad], USUAL, "2026-01-01", "1").fallback == USUAL.fallback_level

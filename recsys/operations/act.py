@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TODO', 'DEEDS', 'column_findings', 'attribution_findings', 'business_findings', 'concept_findings', 'drift_findings',
-           'quality_findings', 'check_findings', 'failure_finding', 'moment_day', 'run_findings', 'with_words',
-           'alert_of', 'decisions_file', 'do', 'made_from', 'decide_on', 'decide_run', 'decision_in', 'still_decided',
-           'Held', 'check_hold', 'decide_failure', 'shop_day', 'person_falls_back', 'decision_rows', 'finding_rows',
-           'verdict_of', 'status_lines']
+           'quality_findings', 'check_findings', 'experiment_findings', 'failure_finding', 'moment_day', 'run_findings',
+           'with_words', 'alert_of', 'decisions_file', 'do', 'made_from', 'decide_on', 'decide_run', 'decision_in',
+           'still_decided', 'Held', 'check_hold', 'decide_failure', 'shop_day', 'person_falls_back', 'decision_rows',
+           'finding_rows', 'verdict_of', 'status_lines']
 
 # %% ../../nbs/9_operations/27_act.ipynb #1a1f0052
 import math
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -98,6 +98,16 @@ def check_findings(checks: list[dict], day: str, page: str) -> list[Finding]:
     "Checks of a checks.json that warned."
     return [Finding("data", f"check {c['name']}", "info", _number(c["value"]), _number(c["limit"]), day, page, c["meaning"]) for c in checks if c["outcome"] == "warn"]
 
+def experiment_findings(reports: Path, day: str) -> list[Finding]:
+    "What was said of experiments in the week up to `day`: those without their units, and those that lose."
+    newest, since = {}, (date.fromisoformat(day) - timedelta(days=7)).isoformat()
+    for file in sorted(reports.glob("runs/experiment-*/out/decision.json"), key=lambda p: p.parent.parent.name):
+        try: said = read_json(file)
+        except RecsysError: continue  # a job that was killed
+        if since < said["moment"][:10] <= day: newest[said["name"]] = (said, file.parent.parent.name)
+    grave = dict(invalid="critical", worse="warning")
+    return [Finding("experiment", n, grave[s["answer"]], 1., 0., day, f"runs/{run}/experiment.html", f"experiment {n}: {s['sentence']}") for n, (s, run) in sorted(newest.items()) if s["answer"] in grave]
+
 def failure_finding(step: str, why: str, day: str, page: str) -> Finding:
     "A step that failed."
     return Finding("pipeline", step, "critical", 1., 0., day, page, f"{step} failed: {why}")
@@ -113,7 +123,7 @@ def run_findings(folders: dict[str, Path], settings: Settings) -> list[Finding]:
     if "evaluate" in folders: found += quality_findings(read_json(folders["evaluate"]/"evaluation.json"), day, page("evaluate"))
     if "drift" in folders: found += drift_findings(read_json(folders["drift"]/"drift.json"), day, page("drift"), settings.decisions.broken_times)
     else: found.append(Finding("pipeline", "drift", "warning", 1., 0., day, "", "there is no drift report"))
-    return sorted_findings(found)
+    return sorted_findings(found + experiment_findings(settings.reports_dir, day))
 
 # %% ../../nbs/9_operations/27_act.ipynb #f47ea129
 def with_words(findings: list[Finding], said: dict[str, tuple[str, str]]) -> list[Finding]:
