@@ -63,6 +63,7 @@ def business_findings(said: dict, day: str, page: str) -> list[Finding]:
     return found + [Finding("business", f"catalogue {h['name']}", "info", _number(h["value"]), h["floor"], day, page, f"only {h['value']:.1%} of the items are {h['name'].replace('_', ' ')} (floor {h['floor']:.0%})")
                     for h in said["health"] if h["verdict"] == "breached"]
 
+# %% ../../nbs/9_operations/27_act.ipynb #e6380913
 def concept_findings(said: list[dict], day: str, page: str) -> list[Finding]:
     "Findings about what follows from the same scores, per kind of outcome."
     found = []
@@ -98,6 +99,7 @@ def check_findings(checks: list[dict], day: str, page: str) -> list[Finding]:
     "Checks of a checks.json that warned."
     return [Finding("data", f"check {c['name']}", "info", _number(c["value"]), _number(c["limit"]), day, page, c["meaning"]) for c in checks if c["outcome"] == "warn"]
 
+# %% ../../nbs/9_operations/27_act.ipynb #5aa9b5bf
 def experiment_findings(reports: Path, day: str) -> list[Finding]:
     "What was said of experiments in the week up to `day`: those without their units, and those that lose."
     newest, since = {}, (date.fromisoformat(day) - timedelta(days=7)).isoformat()
@@ -105,7 +107,7 @@ def experiment_findings(reports: Path, day: str) -> list[Finding]:
         try: said = read_json(file)
         except RecsysError: continue  # a job that was killed
         if since < said["moment"][:10] <= day: newest[said["name"]] = (said, file.parent.parent.name)
-    grave = dict(invalid="critical", worse="warning")
+    grave = dict(invalid="critical", worse="warning", broken="warning")
     return [Finding("experiment", n, grave[s["answer"]], 1., 0., day, f"runs/{run}/experiment.html", f"experiment {n}: {s['sentence']}") for n, (s, run) in sorted(newest.items()) if s["answer"] in grave]
 
 def failure_finding(step: str, why: str, day: str, page: str) -> Finding:
@@ -160,6 +162,7 @@ def made_from(names: list[str], findings: list[Finding], settings: Settings) -> 
     "What a decision is made from, as a name."
     return digest(sorted(names), sorted((f.key, f.word) for f in findings if f.word), as_dict(settings, "decisions"))
 
+# %% ../../nbs/9_operations/27_act.ipynb #93400c04
 def decide_on(settings: Settings, findings: list[Finding], day: str, names: list[str], now: datetime | None = None, whole: bool = True) -> Decision:
     "Decide on findings, write it down and do it; `names` of what was found out from, `whole` as in `do`."
     findings = with_words(findings, words(settings, now))
@@ -176,6 +179,7 @@ def decide_run(folders: dict[str, Path], out: str | Path, settings: Settings, no
 
 def decision_in(folder: str | Path) -> Decision: return msgspec.convert(read_json(Path(folder)/"decide.json")["decision"], Decision)
 
+# %% ../../nbs/9_operations/27_act.ipynb #7fcc05a0
 def still_decided(folder: str | Path, settings: Settings, now: datetime | None = None) -> bool:
     "Is a decision still the one that would be made, or did somebody say something since?"
     d, plain = decision_in(folder), lambda f: msgspec.structs.replace(f, word="")
@@ -205,6 +209,7 @@ def shop_day(settings: Settings) -> str:
     try: return moment_day(folder_of("ingest", "", settings))
     except RecsysError: return date.today().isoformat()
 
+# %% ../../nbs/9_operations/27_act.ipynb #2094fad9
 def person_falls_back(settings: Settings, level: int | None, why: str, by: str, now: datetime | None = None) -> str:
     "Set or end the fallback by hand; the state of the switch in words."
     by = who(by)
@@ -223,6 +228,7 @@ def decision_rows(decisions: list[Decision], most: int = 30) -> list[dict]:
     "The newest decisions first, as rows."
     return [dict(day=d.day, action=d.action, fallback=d.fallback, by=d.by, because=d.because, findings=sum(f.severity != "info" for f in d.findings)) for d in decisions[::-1][:most]]
 
+# %% ../../nbs/9_operations/27_act.ipynb #d37f5813
 def finding_rows(d: Decision) -> list[dict]:
     "The findings of a decision as rows, what calls for something first."
     order = {"critical": 0, "warning": 1, "info": 2}

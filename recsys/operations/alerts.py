@@ -106,6 +106,7 @@ def _apply(cases: dict[str, Case], a: Act):
     if a.act == "sent": c.sent |= {(a.notice, ch) for ch in a.channels}; c.trouble = ""
     if a.act == "failed": c.trouble = a.why
 
+# %% ../../nbs/9_operations/26_alerts.ipynb #bf31309d
 def cases_of(lines: list[bytes]) -> dict[str, Case]:
     "Cases by id, in the order in which they were raised; `RecsysError` names a line that is none."
     cases = {}
@@ -128,11 +129,17 @@ def _acting(settings: Settings, now: datetime | None):
             return cases[id]
         yield cases, act
 
+
+
+# %% ../../nbs/9_operations/26_alerts.ipynb #8afc6ecb
 def channels_of(settings: Settings) -> list[str]:
     "The channels that settings.ini names."
     s = settings.alerts
     return ["webhook"] * bool(s.webhook) + ["email"] * bool(s.smtp_host)
 
+
+
+# %% ../../nbs/9_operations/26_alerts.ipynb #5408c782
 def raise_alert(settings: Settings, alert: Alert, now: datetime | None = None) -> Case:
     "Let people know, unless they do already; the case."
     alert = alert if alert.owner else msgspec.structs.replace(alert, owner=settings.alerts.owner)
@@ -155,7 +162,7 @@ def close_gone(settings: Settings, source: str, keys: set[str], now: datetime | 
         over = [c for c in cases.values() if c.alert.source == source and not c.closed and c.alert.key not in keys]
         return [act(c.id, "closed", why="it has gone") for c in over]
 
-# %% ../../nbs/9_operations/26_alerts.ipynb #58dca71c
+# %% ../../nbs/9_operations/26_alerts.ipynb #824ca0a5
 def _found(cases: dict[str, Case], id: str) -> Case:
     "The case whose id begins with `id`."
     mine = [c for c in cases.values() if c.id.startswith(id)] if id else []
@@ -170,6 +177,9 @@ def who(by: str) -> str:
 
 def later(hours: float, now: datetime | None = None) -> str: return _now((now or datetime.now(timezone.utc)) + timedelta(hours=hours))
 
+
+
+# %% ../../nbs/9_operations/26_alerts.ipynb #0c6fb74a
 def answer(settings: Settings, id: str, act_: str, why: str = "", by: str = "", until: str = "", now: datetime | None = None) -> Case:
     "Write a person's answer down: one of ANSWERS, snoozed (until a moment), or labelled (why: true or false, and a reason)."
     if act_ not in (*ANSWERS, "snoozed", "labelled"): raise RecsysError(f"'{act_}' is no answer", "alert", f"answers: {', '.join((*ANSWERS, 'snoozed', 'labelled'))}")
@@ -211,6 +221,7 @@ def signature(secret: str, timestamp: str, body: bytes) -> str:
     "What a receiver has to compare with."
     return "sha256=" + hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
 
+# %% ../../nbs/9_operations/26_alerts.ipynb #ce4d480e
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_): return None
 
@@ -236,6 +247,9 @@ def message_of(settings: Settings, said: dict) -> EmailMessage:
     m.set_content("\n".join(r for k, r in enumerate(rows) if r or k in (1, 7)) + "\n")
     return m
 
+
+
+# %% ../../nbs/9_operations/26_alerts.ipynb #6ae4252d
 def send_email(settings: Settings, said: dict):
     "Send a notice as a letter; raises OSError if it was not accepted."
     s, tls = settings.alerts, ssl.create_default_context()
@@ -258,6 +272,9 @@ def _sent(settings: Settings, channel: str, said: dict) -> str:
             if isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code not in (408, 429): break # asking at once gets the same answer
     return trouble
 
+
+
+# %% ../../nbs/9_operations/26_alerts.ipynb #fafd678c
 def deliver(settings: Settings, now: datetime | None = None) -> dict[str, int]:
     "Wake, escalate, and send what is to be sent: how many notices were `sent`, and how many `wait`."
     count, broken, on = dict(sent=0, wait=0), set(), channels_of(settings)
@@ -284,6 +301,9 @@ def listing(settings: Settings, every: bool = False, now: datetime | None = None
                  label=c.label, raised=c.raised[:10], unsent=len(c.pending), trouble=c.trouble) for c in read_cases(settings).values() if every or not c.closed]
     return sorted(rows, key=lambda r: (-SEVERITIES.index(r["severity"]), r["raised"], r["id"]))
 
+
+
+# %% ../../nbs/9_operations/26_alerts.ipynb #47f70048
 def shown(rows: list[dict]) -> str:
     "Rows of `listing` as text."
     line = lambda r: f"{r['id']}  {r['severity']:<8}  {r['state']:<12}  {r['days']:>3} d  {r['what']}" + f"\n          do: {r['todo']}" + (f"\n          evidence: reports/{r['evidence']}" if r["evidence"] else "") + \

@@ -61,6 +61,9 @@ class Policy(Struct, frozen=True):
     fall_backs_per_week: int = 2
     fallback_level: int = 2       # 1 to 4, as the service counts them
 
+
+
+# %% ../../nbs/9_operations/25_decisions.ipynb #67879d96
 def policy_of(settings: Settings) -> Policy:
     "The policy that settings.ini states."
     d, pairs = settings.decisions, lambda texts: dict(t.split(":") for t in texts)
@@ -114,12 +117,18 @@ class Past(Struct):
     dirty: bool = False               # is today no clean day, by an earlier decision?
     fallen: date | None = None        # the last day on which answers were a fallback's
 
+
+
+# %% ../../nbs/9_operations/25_decisions.ipynb #cae2fc7a
 INPUTS = ("data", "attribution", "pipeline") # kinds that say, when critical, that what is seen and learned from is wrong
 
 def unsound(findings: list[Finding]) -> list[Finding]:
     "Findings because of which one can neither learn nor give the all-clear."
     return [f for f in findings if f.severity == "critical" and f.kind in INPUTS and f.word not in ("approved", "false")]
 
+
+
+# %% ../../nbs/9_operations/25_decisions.ipynb #6b03ef51
 def past_of(history: list[Decision], today: str) -> Past:
     "The past of a decision."
     past, days = Past(_day(today)), {}
@@ -146,6 +155,9 @@ def days_in_a_row(past: Past, key: str) -> int:
         n += 1
     return n
 
+
+
+# %% ../../nbs/9_operations/25_decisions.ipynb #7e2b2307
 def clean_days(past: Past) -> int:
     "Clean days of decisions in a row up to today."
     if past.dirty: return 0
@@ -163,6 +175,7 @@ def _names(findings) -> str:
     said = [f"{f.key} {f.value:.4g} (threshold {f.threshold:.4g}, {f.severity})" for f in findings]
     return "; ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
 
+# %% ../../nbs/9_operations/25_decisions.ipynb #0e87fcac
 def fallback_after(called: list[Finding], past: Past, policy: Policy) -> tuple[int, str]:
     "The level that holds from now on, and why; `called`: findings that call for a fallback."
     if not past.fallback: return (policy.fallback_level, f"falls back because of {_names(called)}") if called else (0, "")
@@ -206,6 +219,9 @@ def _chosen(findings: list[Finding], past: Past, policy: Policy) -> tuple[str, i
     action, why = ("fall_back", said) if level and not past.fallback else _other(findings, calls, past, policy)
     return action, level, "; ".join(dict.fromkeys(s for s in (said, why) if s)), {k: a for k, a in called.items() if a != "nothing"}
 
+
+
+# %% ../../nbs/9_operations/25_decisions.ipynb #70d32457
 def _other(findings, calls, past: Past, policy: Policy) -> tuple[str, str]:
     "Action and why, when it is not to fall back."
     wrong, (learn, causes) = unsound(findings), learning(calls, past)
