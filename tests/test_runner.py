@@ -71,6 +71,7 @@ def killed(folder, kills: int, seed: int = 0) -> str:
 def test_a_killed_run_is_completed_by_the_next(tmp_path): killed(make_toy(tmp_path/"shop"), int(os.environ.get("RECSYS_TEST_KILLS", 1)))
 
 @pytest.mark.bench
+@pytest.mark.timeout(8 * 3600)
 def test_many_killed_runs(tmp_path): print(killed(make_toy(tmp_path/"shop"), int(os.environ.get("RECSYS_TEST_KILLS", 200)), seed=1))
 
 # ---- two at once
