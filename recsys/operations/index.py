@@ -89,7 +89,7 @@ def read_runs(reports: Path) -> tuple[list[RunFile], dict[str, str]]:
 # %% ../../nbs/9_operations/03_index.ipynb #de273902
 _ENDS = dict(ok=("good", "The run went through."), failed=("bad", "The run failed."),
              held=("warning", "Publication waits for a person."),
-             regression=("warning", "The new model is worse than the one it should replace."))
+             regression=("warning", "The new model is no better than the best baseline."), refused=("warning", "The gate refused the new model."))
 
 def _answer(run: RunFile) -> tuple[str, str]:
     "Verdict and sentence of a run, made up from its status if it says nothing."
