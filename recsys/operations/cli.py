@@ -81,27 +81,37 @@ def _init(a):
     with _Steps() as steps: made = init.make_project(a.folder, a.into, init.columns_said(a.column), ask, a.overwrite, steps.say)
     print(init.told(made))
     if not a.run: print(f"next: recsys run, in {made.settings.resolve('.')}")
-    elif made.too_short: _demand(made)
-    else: _first_list(made)
+    elif made.too_short: _shown(init.in_demand(made.ingested, made.settings.data.target_event), "what is in demand: nothing was learnt, and nothing is published")
+    elif made.strangers: _without_ranker(made)
+    else: return _first_list(made)
     return 0
 
-def _demand(made):
-    "What is in demand, as a table in the terminal."
+def _shown(found, caption: str):
+    "A frame as a table in the terminal."
     from rich.console import Console
     from rich.table import Table
-    from recsys.operations.init import in_demand
-    found, table = in_demand(made.ingested, made.settings.data.target_event), Table(caption="what is in demand: nothing was learnt, and nothing is published")
+    from rich.text import Text
+    table = Table(caption=caption)
     for name in found.columns: table.add_column(name, overflow="fold")
-    for row in found.iter_rows(): table.add_row(*("" if v is None else str(v) for v in row))
+    for row in found.iter_rows(): table.add_row(*(Text("" if v is None else str(v)) for v in row))
     Console().print(table)
 
+def _without_ranker(made):
+    "Run the cycle up to the candidates, and print what they propose."
+    from pathlib import Path
+    from recsys.operations.init import next_items
+    from recsys.operations.runner import STEPS, run
+    with _Steps() as steps: done = run(made.settings, say=steps.say, steps=STEPS[:4])
+    cart, found = next_items(made.settings, {n: Path(r["folder"]) for n, r in done.items()})
+    _shown(found, f"what others went on with after {', '.join(cart) or 'nothing'}; without a ranker, and not published")
+
 def _first_list(made):
-    "Run the cycle, and print a list for somebody."
+    "Run a quick cycle, and print a list for somebody."
     import os
-    from recsys.operations.cycle import cycle
-    from recsys.operations.init import regular
-    with _Steps() as steps: account = cycle(made.settings, allow_regression=True, say=steps.say)
+    from recsys.operations.init import quick_cycle, regular
+    with _Steps() as steps: account = quick_cycle(made, steps.say)
     print(f"{account['headline']['sentence']}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {made.settings.reports_dir/'index.html'}")
+    print(f"this was a quick look: recsys run, in {made.settings.resolve('.')}, learns with the full numbers of settings.ini")
     os.environ["RECSYS_SETTINGS"] = made.settings.file
     user = regular(made.ingested, made.settings.data.target_event)
     print(f"a list for {user}:")
