@@ -1,5 +1,5 @@
 "The wheel, in an environment without the repository: what is in it, and that it runs from any folder."
-import os, shutil, site, subprocess, sys, sysconfig, tarfile, zipfile
+import json, os, shutil, site, subprocess, sys, sysconfig, tarfile, zipfile
 from pathlib import Path
 
 import pytest
@@ -72,3 +72,17 @@ def test_a_project_without_notebooks_runs_those_of_the_package(bare, tmp_path):
     unknown = call(bare/"recsys", "job", "digest", cwd=tmp_path)
     jobs = ", ".join(sorted(p.stem for p in (ROOT/"nbs/jobs").glob("*.ipynb")))
     assert unknown.returncode == 1 and f"jobs: {jobs}" in unknown.stderr, unknown.stderr
+
+@pytest.mark.bench
+def test_a_simulated_shop_runs_from_the_wheel_alone(bare, tmp_path):
+    "Offline, in a folder with nothing in it: a network address that cannot be reached would be the first to fail."
+    done = call(bare/"recsys", "run", "--dataset", "simulated", "--small", cwd=tmp_path, timeout=1500, PATH=f"{bare}:{os.environ['PATH']}", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    assert done.returncode == 0 and "simulated" in done.stdout and "Better than the best baseline" in done.stdout, done.stdout + done.stderr
+    shop = tmp_path/"simulated-shop-small"
+    answer = call(bare/"recsys", "recommend", "--n", "5", "--json", cwd=shop)
+    assert answer.returncode == 0 and len(json.loads(answer.stdout)["items"]) == 5, answer.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["simulated-shop-small"]
+    again = call(bare/"recsys", "run", "--dataset", "simulated", "--small", cwd=tmp_path, timeout=600)
+    assert again.returncode == 0 and again.stdout.count("unchanged, skipped") == 8, again.stdout + again.stderr
+    other = call(bare/"recsys", "run", "--small", cwd=tmp_path)
+    assert other.returncode == 1 and "--dataset simulated" in other.stderr
