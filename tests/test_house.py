@@ -18,7 +18,7 @@ from recsys.operations.readme import make_readme, readme_text
 ROOT = Path(__file__).resolve().parent.parent
 WINGS = "core data features candidates ranking serving evaluation monitoring experiments operations".split()
 TOP = """nbs recsys reports tests settings.ini environment.yml README.md pyproject.toml setup.py Makefile constraints.txt LICENSE CONTRIBUTING.md deploy
-    .ci .git .github .gitignore .gitattributes""".split()
+    .ci .git .github .gitignore .gitattributes .pre-commit-config.yaml""".split()
 MODULES = sorted(p for p in (ROOT/"recsys").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 ids = lambda p: p.relative_to(ROOT).as_posix()
@@ -204,6 +204,14 @@ PRIVATE = re.compile("|".join((r"(?<![\w.])/(work|opt|home|Users|root|mnt)/\w", 
 def test_no_file_names_a_machine_or_a_registry(path):
     text = path.read_text(encoding="utf-8", errors="replace")
     assert [text[max(0, m.start() - 30):m.end() + 30] for m in PRIVATE.finditer(text)] == []
+
+def test_the_hooks_before_a_commit_run_what_is_here_and_fetch_nothing():
+    repos = yaml.safe_load((ROOT/".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [r["repo"] for r in repos] == ["local"]
+    for hook in repos[0]["hooks"]:
+        command = hook["entry"].split()[0]
+        assert hook["language"] == "system" and command.startswith(".venv/bin/") and (Path(sysconfig.get_path("scripts"))/Path(command).name).is_file(), hook
+        assert any(re.search(hook["files"], ids(p)) for p in tracked()), hook["files"]
 
 # ---- the README
 
