@@ -37,7 +37,7 @@ $(STAMP): constraints.txt pyproject.toml
 	  || { echo "$(PYTHON) has no venv: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@[ -f $@ ] || { echo 'Setting up .venv: some minutes, the first time'; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@rm -f $(VENV)/ready-*
-	@quiet=-q; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet -c constraints.txt -e '.[dev,feast,spark,milvus,tune,bench]'
+	@quiet=-q; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet -c constraints.txt -e '.[dev,feast,redis,spark,milvus,tune,bench]'
 	@touch $@
 
 run: $(STAMP)

@@ -55,7 +55,7 @@ PREFIX, REST, PATIENCE = "recsys:1:", 1.0, 2.0 # of all keys, with the format's 
 def _clients(uri: str, seconds: float):
     "(for reading, for writing) Redis clients, not connected yet, and the address without its secrets; `RecsysError` if `uri` is none."
     try: import redis
-    except ImportError: raise RecsysError("needs the package redis", "[serving] state", "pip install redis") from None
+    except ImportError: raise RecsysError("needs the package redis", "[serving] state", "pip install 'recsys[redis]'") from None
     from redis.backoff import NoBackoff
     from redis.retry import Retry
     client = lambda s: redis.Redis.from_url(uri, socket_timeout=s, socket_connect_timeout=s, retry=Retry(NoBackoff(), 0), protocol=2)
