@@ -211,3 +211,12 @@ def test_from_files_to_a_first_list_in_one_command(tmp_path):
     write_csv(tmp_path/"files"/"log.csv", events())
     r = recsys(tmp_path, "init", "files", "--run", timeout=900)
     assert r.returncode == 0 and "a list for c" in r.stdout and "model 2024" in r.stdout, r.stdout + r.stderr
+
+@pytest.mark.bench
+def test_a_log_of_strangers_gets_what_others_went_on_with(tmp_path):
+    "Each session has an id of its own: nobody comes back, and no ranker can learn."
+    (tmp_path/"files").mkdir()
+    write_csv(tmp_path/"files"/"log.csv", [dict(time=e["time"], session=e["visit"], article=e["article"], action="seen") for e in events()])
+    r = recsys(tmp_path, "init", "files", "--run", timeout=900)
+    assert r.returncode == 0 and "no ranker can learn" in r.stdout and "what others went on with after" in r.stdout and "together" in r.stdout, r.stdout + r.stderr
+    assert not (tmp_path/"files-recsys"/"data"/"bundles").exists()

@@ -38,6 +38,8 @@ def bare(wheel, tmp_path_factory) -> Path:
     assert call(sys.executable, "-m", "venv", "--without-pip", home, cwd=home.parent).returncode == 0
     into = Path(sysconfig.get_path("purelib", "venv", dict(base=home, platbase=home)))
     (into/"dependencies.pth").write_text("\n".join(dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])))
+    (home/"share/jupyter").mkdir(parents=True) # pip would put there what nbconvert brings along
+    (home/"share/jupyter/nbconvert").symlink_to(Path(sys.prefix)/"share/jupyter/nbconvert")
     done = call(sys.executable, "-m", "pip", "--python", home/"bin/python", "install", "-q", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=home.parent)
     assert done.returncode == 0, done.stderr
     return home/"bin"

@@ -99,17 +99,18 @@ def _shown(found, caption: str):
 def _without_ranker(made):
     "Run the cycle up to the candidates, and print what they propose."
     from pathlib import Path
-    from recsys.operations.init import next_items
+    from recsys.operations.init import next_items, quick
     from recsys.operations.runner import STEPS, run
-    with _Steps() as steps: done = run(made.settings, say=steps.say, steps=STEPS[:4])
-    cart, found = next_items(made.settings, {n: Path(r["folder"]) for n, r in done.items()})
+    with quick(made) as s, _Steps() as steps: done = run(s, say=steps.say, steps=STEPS[:4])
+    cart, found = next_items(s, {n: Path(r["folder"]) for n, r in done.items()})
     _shown(found, f"what others went on with after {', '.join(cart) or 'nothing'}; without a ranker, and not published")
 
 def _first_list(made):
     "Run a quick cycle, and print a list for somebody."
     import os
-    from recsys.operations.init import quick_cycle, regular
-    with _Steps() as steps: account = quick_cycle(made, steps.say)
+    from recsys.operations.cycle import cycle
+    from recsys.operations.init import quick, regular
+    with quick(made) as s, _Steps() as steps: account = cycle(s, allow_regression=True, say=steps.say)
     print(f"{account['headline']['sentence']}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {made.settings.reports_dir/'index.html'}")
     print(f"this was a quick look: recsys run, in {made.settings.resolve('.')}, learns with the full numbers of settings.ini")
     os.environ["RECSYS_SETTINGS"] = made.settings.file

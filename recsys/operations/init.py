@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TARGETS', 'QUICK', 'SMALL', 'with_values', 'check_free', 'write_project', 'aims', 'windows', 'counted', 'facts',
            'faults', 'alike', 'all_checks', 'first_types', 'coming_back', 'Made', 'make_project', 'quick_environment',
-           'quick_cycle', 'regular', 'in_demand', 'next_items', 'keen_shop', 'simulated_project', 'tiny_shop',
-           'tiny_version', 'ask_on_terminal', 'columns_said', 'told']
+           'quick', 'regular', 'in_demand', 'next_items', 'keen_shop', 'simulated_project', 'tiny_shop', 'tiny_version',
+           'ask_on_terminal', 'columns_said', 'told']
 
 # %% ../../nbs/9_operations/33_init.ipynb #76d89ffa
 import os, re
+from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -179,13 +180,13 @@ def quick_environment(s: Settings) -> dict[str, str]:
     "Environment variables that make the numbers of `QUICK` hold where those of the settings are larger."
     return {f"RECSYS_{section}_{key}".upper(): str(min(n, getattr(getattr(s, section), key))) for section, keys in QUICK.items() for key, n in keys.items()}
 
-def quick_cycle(made: Made, say=lambda kind, step, said: None) -> dict:
-    "The account of a quick cycle on a project."
-    from recsys.operations.cycle import cycle
+@contextmanager
+def quick(made: Made):
+    "The settings of a project with quick numbers, which hold for what is run in the block."
     more = quick_environment(made.settings)
     before = {k: os.environ.get(k) for k in more}
     os.environ.update(more)
-    try: return cycle(load_settings(made.settings.file), allow_regression=True, say=say)
+    try: yield load_settings(made.settings.file)
     finally:
         for k, v in before.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
@@ -209,7 +210,7 @@ def in_demand(ingested: Path, target: str, n: int = 10) -> pl.DataFrame:
 
 # %% ../../nbs/9_operations/33_init.ipynb #6a0c4ac5
 def next_items(s: Settings, folders: dict[str, Path], n: int = 10) -> tuple[list[str], pl.DataFrame]:
-    "The products of the newest session but the last, and the `n` that the candidate sources propose after them: item_id, title, sources."
+    "The last products of the newest session, without the very last, and the `n` that the candidate sources propose after them: item_id, title, sources."
     from recsys.candidates.blend import load_state
     from recsys.features.build import day_of, read_moments
     from recsys.features.definitions import ABSENT, SOURCES
@@ -218,7 +219,7 @@ def next_items(s: Settings, folders: dict[str, Path], n: int = 10) -> tuple[list
     day, items = day_of(read_moments(folders["features"]).now), pl.read_parquet(folders["features"]/"catalogue.parquet")
     state, lines = load_state(folders["features"]/day, folders["candidates"]/day), pl.read_parquet(folders["features"]/"lines.parquet").sort("ts")
     last = lines.group_by("session", maintain_order=True).agg("item", pl.col("ts").last()).filter(pl.col("item").list.len() > 2).sort("ts").tail(1)
-    cart = last["item"][0].to_numpy()[:-1].astype(np.int32) if last.height else np.zeros(0, np.int32)
+    cart = last["item"][0].to_numpy()[:-1][-5:].astype(np.int32) if last.height else np.zeros(0, np.int32)
     work = work_for(state, s.candidates.per_source, s.candidates.budget)
     found = work.ids[:min(n, proposed(state, work, -1, cart, cart, np.zeros(0, np.int32)))]
     by = [", ".join(name for name, rank in zip(SOURCES, ranks) if rank < ABSENT) for ranks in work.ranks[:len(found)]]
