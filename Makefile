@@ -12,7 +12,7 @@ COPY   = $(VENV)/copy
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: help setup run test check-clean check-export check-notebooks check-readme prepare readme lab serve bench wheel clean
+.PHONY: help setup run test check-clean check-export check-notebooks check-readme prepare readme docs lab serve bench wheel clean
 
 help:
 	@echo 'make run       set up .venv if need be, then the daily cycle; see reports/index.html'
@@ -21,6 +21,7 @@ help:
 	@echo 'make lab       JupyterLab on nbs/'
 	@echo 'make prepare   after editing notebooks: clean them, export recsys/, write README.md'
 	@echo 'make readme    only README.md'
+	@echo 'make docs      the documentation as a site: reports/docs/index.html'
 	@echo 'make bench     the checks of nightly size'
 	@echo 'make wheel     dist/recsys-VERSION.whl, with the job notebooks inside'
 	@echo 'make setup     only .venv'
@@ -85,6 +86,9 @@ readme: $(STAMP)
 # build/ would bring modules back that are gone.
 wheel: $(STAMP)
 	@rm -rf build && $(BIN)/python -m pip wheel -q --no-deps -w dist . && ls dist/*.whl
+
+docs: $(STAMP)
+	@$(BIN)/python -c 'from recsys.operations.docs import write_docs; print("Look at", write_docs())'
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis build dist lightning_logs *.egg-info
