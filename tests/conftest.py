@@ -27,3 +27,10 @@ def daily(tmp_path_factory):
     assert second.returncode == 0, second.stdout + second.stderr
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("daily")/"shop", symlinks=True, ignore=shutil.ignore_patterns("kernel-ipc*")) # sockets that the kill left
     return SimpleNamespace(folder=folder, half=half, second=second, figures=json.loads((folder/"figures.json").read_text()), copy=copy)
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The documentation site of the repository, as `make docs` writes it."
+    from shop import ROOT
+    from recsys.operations.docs import write_docs
+    return write_docs(ROOT, tmp_path_factory.mktemp("docs")/"site").parent

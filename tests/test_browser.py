@@ -72,6 +72,14 @@ def test_from_the_index_to_every_page_of_a_run_and_back(daily, visit, size, sche
         v.page.get_by_role("navigation", name="Path").get_by_role("link").first.click()
         assert v.page.url.endswith("/index.html")
 
+@pytest.mark.parametrize("size, scheme", VIEWS)
+def test_the_documentation_is_read_from_page_to_page(site, visit, size, scheme):
+    v = visit(size, scheme)
+    v.page.goto((site/"index.html").as_uri()); v.look()
+    for name in ("Architecture", "Operator's handbook", "Glossary", "Files")[:4 if (size, scheme) in (("phone", "dark"), ("desk", "light")) else 2]:
+        v.page.locator("main").get_by_role("link", name=name, exact=True).click(); v.look()
+        v.page.get_by_role("navigation", name="Path").get_by_role("link").first.click()
+
 def test_a_page_is_walked_by_keyboard(daily, visit):
     v = visit("desk", "light")
     v.page.goto((daily.copy/"reports/index.html").as_uri())
