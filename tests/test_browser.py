@@ -2,7 +2,9 @@
 import os, re, shutil, subprocess
 
 import pytest
+from recsys.operations.index import write_index
 from shop import COMMAND
+from test_incident import shop as troubled
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is missing: apt-get install chromium")
@@ -71,6 +73,17 @@ def test_from_the_index_to_every_page_of_a_run_and_back(daily, visit, size, sche
         v.look()
         v.page.get_by_role("navigation", name="Path").get_by_role("link").first.click()
         assert v.page.url.endswith("/index.html")
+
+@pytest.mark.parametrize("size, scheme", VIEWS)
+def test_from_the_index_to_an_incident_and_its_evidence(tmp_path, visit, size, scheme):
+    reports, data = troubled(tmp_path)
+    write_index(reports, data)
+    v = visit(size, scheme)
+    v.page.goto((reports/"index.html").as_uri()); v.look()
+    v.page.get_by_role("link", name="alert", exact=True).click(); v.look()
+    assert "price is missing" in v.page.locator(".rs-headline").inner_text() and v.page.locator("figure svg circle").count() > 5
+    v.page.get_by_role("link", name="The page on which it was found").click()
+    assert v.page.url.endswith("/runs/2026-03-05/drift.html")
 
 @pytest.mark.parametrize("size, scheme", VIEWS)
 def test_the_documentation_is_read_from_page_to_page(site, visit, size, scheme):

@@ -126,7 +126,7 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
                              seconds=round(time.time() - clock, 1), peak_rss_mb=max([s["peak_rss_mb"] or 0 for s in steps] or [0]), steps=steps)
     account["headline"]["sentence"] = " ".join(filter(None, (account["headline"]["sentence"], *(f"{r[0].upper()}{r[1:]}." for r in released), what_changed(account, before, metric))))
     write_json(settings.reports_dir/"runs"/label/"run.json", account)
-    write_index(settings.reports_dir)
+    write_index(settings.reports_dir, settings.data_dir)
     if error: raise error
     return account
 

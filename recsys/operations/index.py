@@ -262,11 +262,12 @@ def _kicker(run: RunFile) -> str:
     return escape(" · ".join(f for f in facts if f)) + mark
 
 # %% ../../nbs/9_operations/03_index.ipynb #209dd854
-def write_index(reports: Path) -> Path:
-    "`reports/index.html` over all `reports/runs/<date>/run.json`, written atomically."
+def write_index(reports: Path, data: Path | None = None) -> Path:
+    "`reports/index.html` over all `reports/runs/<date>/run.json` and the journals below `data`, written atomically."
     reports = Path(reports); runs, broken = read_runs(reports)
     said = {d: f'<p class="rs-note broken">{escape(line)}</p>' for d, line in broken.items()}
     body = "".join(p for d, p in said.items() if not runs or d > runs[0].date)
+    if data: from recsys.operations.incident import at_a_glance; body += at_a_glance(reports, data)
     body += _latest(reports, runs[0]) if runs else headline("info", "No run has been recorded yet.", "recsys run makes the first one.").html
     if runs: body += "<h2>History</h2>" + "".join(p for d, p in said.items() if d < runs[0].date) + _trends(runs) + _past(reports, runs)
     html = page("Recommendation reports", body, kicker=_kicker(runs[0]) if runs else "")
