@@ -475,7 +475,7 @@ def test_health_and_readiness(server):
         assert (status, body, headers["content-type"]) == (200, None, "application/json")
 
 @pytest.mark.parametrize("method,path,body,headers,status,code", [
-    ("GET", "/", None, {}, 404, "not_found"), ("POST", "/v1/recommend/", b"{}", None, 404, "not_found"),
+    ("GET", "/shop", None, {}, 404, "not_found"), ("POST", "/v1/recommend/", b"{}", None, 404, "not_found"),
             ("HEAD", "/nothing", None, {}, 404, None), ("GET", "/../etc/passwd", None, {}, 404, "not_found"),
     ("GET", "/v1/recommend", None, {}, 405, "method_not_allowed"), ("HEAD", "/v1/recommend", None, {}, 405, None),
             ("POST", "/healthz", b"{}", None, 405, "method_not_allowed"),
