@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 import polars as pl
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ..candidates.blend import State, load_state
 from ..core.settings import RecsysError, Settings
@@ -173,15 +173,15 @@ def embedding_drift(versions: list[Vectors], plan: Plan, limit: float = .5) -> d
     place = {i: n for n, i in enumerate(b.ids)}
     both = [(n, place[i]) for n, i in enumerate(a.ids) if i in place]
     turned = float(aligned(a.x[[p for p, _ in both]], b.x[[q for _, q in both]]).mean())
-    out |= dict(lost=now, usual=usual, limit=most, aligned=turned, classifier=told_apart(ra, rb, plan.seed), categories=by_category(a, b), comparison=to_dict(rows_compared(ra, rb, plan)), alarm=alarm)
+    out |= dict(lost=now, usual=usual, limit=most, aligned=turned, classifier=told_apart(ra, rb, plan.seed), categories=by_category(a, b), comparison=to_dict(rows_compared(ra, rb, [item_rows(v, p) for p, v in zip(older, older[1:])], plan)), alarm=alarm)
     return out | dict(sentence=vectors_sentence(out))
 
 # %% ../../nbs/7_monitoring/12_embeddings.ipynb #da76341f
-def rows_compared(a: pl.DataFrame, b: pl.DataFrame, plan: Plan) -> Comparison:
-    "Rows of two versions, column by column; the unit is the item."
-    from msgspec import structs
-    plan, profile = structs.replace(plan, unit="item_id"), profile_of(a, "item_id", [b], plan.buckets)
-    return judge(profile, measure(b, profile.frozen, "item_id", plan.buckets), [], plan)
+def rows_compared(a: pl.DataFrame, b: pl.DataFrame, past: list[pl.DataFrame], plan: Plan) -> Comparison:
+    "Rows of two versions, column by column, with those of `past` versions for what is ordinary; the unit is the item."
+    plan, profile = structs.replace(plan, unit="item_id"), profile_of(a, "item_id", [b, *past], plan.buckets)
+    now, *before = (measure(f, profile.frozen, "item_id", plan.buckets) for f in (b, *past))
+    return judge(profile, now, before, plan)
 
 def vectors_sentence(found: dict) -> str:
     "What `embedding_drift` found, in words."
