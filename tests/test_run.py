@@ -67,6 +67,8 @@ def test_the_drift_job_reads_what_was_served_until_its_moment(published, shop):
     last = said["lists"]["days"][-1]
     assert said["lists"]["source"] == "served" and last["lists"] == 60 and last["day"] < end.date().isoformat() and said["weeks"]["events"]
     assert [(s["version"], s["lists"]) for s in said["skew"]] == [(None, 0)] and "<h2>The lists" in page.read_text()
+    assert said["embeddings"]["sentence"] in page.read_text().replace("&#x27;", "'") and len(page.read_bytes()) < 300_000
+    assert said["concept"][0]["drift"]["sentence"].startswith(("Without impressions", "Too few"))
 
 def test_new_lists_make_a_new_report_and_no_new_version(published, shop):
     "A list served before the moment is a reason for the drift step; one served after it is none, and the bundle stays the same."

@@ -86,7 +86,7 @@ def effect_line(c: Column, wide: int = 150) -> str:
     low, at, high = (_at(v / c.limit, wide) for v in (c.effect_low, c.effect, c.effect_high))
     colour, tick = "var(--bad)" if c.verdict == "material" else "var(--c1)", _at(1, wide)
     says = f"{c.effect_name} {show(c.effect)}, interval {show(c.effect_low)} to {show(c.effect_high)}, limit {show(c.limit)}"
-    return (f'<svg viewBox="0 0 {wide} 20" width="{wide}" height="20" style="min-width:8rem" role="img" aria-label="{escape(says)}"><title>{escape(says)}</title>'
+    return (f'<svg viewBox="0 0 {wide} 20" width="{wide}" height="20" style="min-width:6.5rem" role="img" aria-label="{escape(says)}"><title>{escape(says)}</title>'
             f'<line x1="4" x2="{wide - 4}" y1="10" y2="10" stroke="var(--line)"/><line x1="{tick:.1f}" x2="{tick:.1f}" y1="2" y2="18" stroke="var(--ink)" stroke-width="1.5"/>'
             f'<line x1="{low:.1f}" x2="{max(high, low + 1):.1f}" y1="10" y2="10" stroke="{colour}" stroke-width="5" stroke-opacity=".45"/><circle cx="{at:.1f}" cy="10" r="3.5" fill="{colour}"/></svg>')
 
@@ -104,7 +104,7 @@ def overlay(h: Histogram | None, wide: int = 170, high: int = 44) -> str:
                     for i, (a, b) in enumerate(zip(h.reference, h.current)) if abs(y(a) - y(b)) >= .5)
     most = max(range(k), key=lambda i: abs(h.current[i] - h.reference[i]))
     says = f"The largest change: {_bin(h, most)} from {h.reference[most]:.1%} to {h.current[most]:.1%}"
-    return (f'<svg viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" style="min-width:8rem" role="img" aria-label="{escape(says)}"><title>{escape(says)}</title>{shade}'
+    return (f'<svg viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" style="min-width:6.5rem" role="img" aria-label="{escape(says)}"><title>{escape(says)}</title>{shade}'
             f'<polyline points="{step(h.reference)}" fill="none" stroke="var(--soft)" stroke-width="1"/>'
             f'<polyline points="{step(h.current)}" fill="none" stroke="var(--c2)" stroke-width="1.8"/></svg>')
 
@@ -165,7 +165,7 @@ HEAD = [("column", False), ("verdict", False), ("effect, its interval, and the l
 def columns_table(columns: list[Column], caption: str, pictures: int = PICTURES, causes: list[Cause] = (), past: dict[str, list[float]] = {}) -> str:
     "Columns as an HTML table; figures that none of them has get no place in it. `past`: by column, effect over limit in past reports."
     blame = {c.column: c for c in causes}
-    rows = [column_row(c, i < pictures, blame.get(c.name), past.get(c.name, ())) for i, c in enumerate(columns[:ROWS])]
+    rows = [column_row(c, i < pictures, blame.get(c.name), past.get(c.name, ()) if i < pictures else ()) for i, c in enumerate(columns[:ROWS])]
     keep = [j for j in range(len(HEAD)) if j < 3 or any(r[j] not in ("", "–") for r in rows)]
     more = f"{len(columns) - ROWS:,} more columns are in report.json." if len(columns) > ROWS else ""
     return html_table(caption, [HEAD[j] for j in keep], [[r[j] for j in keep] for r in rows], more)
