@@ -183,3 +183,50 @@ def test_the_day_of_a_change(k, before):
     rows = np.full(10, 4000)
     hits = rng.binomial(rows, np.where(np.arange(10) >= k, min(before + .3, .9), before))
     assert rc.change_day([f"{i}" for i in range(10)], hits, rows, before) == str(k)
+
+
+# ---- segments that are kept
+
+def test_what_was_kept_blames_whom_the_rows_blame(tmp_path):
+    "The same segment, share and day from the counts of the days as from their rows; versions are segments, too."
+    from datetime import timedelta
+    first, rows = date(2026, 3, 1), {}
+    for k in range(20):
+        part = shop(1500, 100 + k, users=900).drop("day").rename(dict(user="visitor")).with_columns(country=pl.Series(np.random.default_rng(k).choice(["AT", "DE", "FR"], 1500)))
+        rows[str(first + timedelta(k))] = part.with_columns(version=pl.lit("v1" if k < 16 else "v2"), price=pl.when((pl.col("device") == "tablet") & (k >= 14)).then(pl.col("price") * 6).otherwise("price"),
+                                                            holes=pl.when(pl.lit(k >= 16) & (pl.int_range(pl.len()) % 4 == 0)).then(None).otherwise("holes"))
+    days = list(rows)
+    pr.profile_days(tmp_path/"s", [(d, lambda d=d: rows[d]) for d in days], 10, 0, segments=("device", "country"))
+    store, was, now = pr.Store(tmp_path/"s"), (days[0], days[9]), (days[10], days[19])
+    kept = pr.kept(store)
+    assert set(kept["segment"]) == {"", *(f"device={v}" for v in ("phone", "desktop", "tablet")), *(f"country={v}" for v in ("AT", "DE", "FR"))}
+    assert kept.filter(pl.col("segment").str.starts_with("device"))["rows"].sum() == kept.filter(pl.col("segment") == "")["rows"].sum() == 30_000
+    r, c = (pr.window_of(store, *span) for span in (was, now))
+    columns = dr.compare(dr.Profile(store.frozen, r, "visitor"), c, "visitor").columns
+    found = {x.column: x for x in rc.kept_causes(columns, store, r, c, was, now)}
+    tables = [ms.Table(pl.concat([rows[d].with_columns(at=pl.lit(date.fromisoformat(d))) for d in days if span[0] <= d <= span[1]])) for span in (was, now)]
+    profile = dr.Profile(store.frozen, r, "visitor")
+    plain = {x.column: x for x in rc.root_causes(columns, profile, c, tables)}
+    a, b = found["price"], plain["price"]
+    assert (a.segment, a.value, a.since) == (b.segment, b.value, b.since) == ("device", "tablet", days[14])
+    assert a.explained == pytest.approx(b.explained, abs=.1) and a.before == pytest.approx(b.before, abs=.05)
+    assert (found["holes"].segment, found["holes"].value, found["holes"].since) == ("version", "v2", days[16])
+    assert pr.window_of(store, *now, "device=tablet").rows == sum(t.rows for t in [ms.Table(tables[1].frame.filter(pl.col("device") == "tablet"))])
+    assert pr.window_of(store, *now, "device=watch") is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=80), st.text(max_size=80), st.text(max_size=80))
+def test_any_segment_has_a_file_of_its_own(tmp_path_factory, one, two, model):
+    "Names of any text, long ones too, are files, and different ones are different files."
+    folder = tmp_path_factory.mktemp("s")/"s"
+    store = pr.Store.begin(folder, dr.profile_of(REFERENCE, "u"))
+    for segment in {one, two}: store.write(REFERENCE.head(3 + len(segment)), "2026-01-01", segment, model)
+    assert all(pr.window_of(store, "2026-01-01", "2026-01-01", s, model).rows == 3 + len(s) for s in {one, two})
+
+
+def test_a_context_without_segments_makes_no_columns(tmp_path):
+    rows = lambda: pl.DataFrame(dict(visitor=[f"{i}" for i in range(300)], price=np.arange(300.), device=pl.Series([None] * 300, dtype=pl.String)))
+    pr.profile_days(tmp_path/"s", [(f"2026-01-0{k}", rows) for k in range(1, 9)], 5, segments=("device",))
+    store = pr.Store(tmp_path/"s")
+    assert list(store.frozen) == ["price"] and set(pr.kept(store)["segment"]) == {""} and list(pr.window_of(store, "2026-01-01", "2026-01-08").kinds) == ["price"]

@@ -122,15 +122,17 @@ def parts(r: Tally, c: Tally) -> tuple[np.ndarray, np.ndarray]:
 def _against_rest(r: Tally, c: Tally, s: int) -> np.ndarray:
     "Contributions [buckets, 1] to the gap of segment `s` minus those of the rest to theirs."
     def gap(pick):
-        two = lambda t: np.stack([(h := pick(t.hits)), pick(t.rows) - h], 1)
+        two = lambda t: np.stack([(h := pick(t.hits, t)), pick(t.rows, t) - h], 1)
         return contributions(two(r), two(c))[:, :1]
-    return gap(lambda x: x[s]) - gap(lambda x: x.sum(0) - x[s])
+    whole = lambda t: t is r and not r.rows[s].any()     # it is new: what came before it is everybody
+    return gap(lambda x, t: x.sum(0) if whole(t) else x[s]) - gap(lambda x, t: x.sum(0) if whole(t) else x.sum(0) - x[s])
 
 # %% ../../nbs/7_monitoring/06_root_cause.ipynb #618d5a8f
 def blamed(events: list[Event], reference: dict, current: dict, alpha: float = .01, permutations: int = 999, seed: int = 0, least: int = 20) -> list[Cause]:
     "Segments that moved otherwise than the rest and explain more of the change than their rows would, the one that explains most first, for each event; from `tallies`."
+    many = lambda t, k: min(t.rows[k].sum(), t.rows.sum() - t.rows[k].sum()) >= least
     asked = [(i, s, k) for (i, s), t in reference.items() if events[i].column != s for k in range(len(t.names))
-             if min(t.rows[k].sum(), current[i, s].rows[k].sum()) >= least and min(t.rows.sum() - t.rows[k].sum(), current[i, s].rows.sum() - current[i, s].rows[k].sum()) >= least]
+             if many(current[i, s], k) and (many(t, k) or not t.rows[k].any() and t.rows.sum() >= least)]
     if not asked: return []
     signs = coins(permutations, reference[asked[0][:2]].rows.shape[1], seed)
     p = max_t(np.stack([statistics(Test("segment", _against_rest(reference[i, s], current[i, s], k)), signs) for i, s, k in asked], 1))
@@ -141,7 +143,7 @@ def blamed(events: list[Event], reference: dict, current: dict, alpha: float = .
         if value > alpha or not whole: continue
         explained = float((within[k] + mix[k]) / whole)
         rate = lambda t, own: float(_rate(t.hits[k].sum(), t.rows[k].sum()) if own else _rate(t.hits.sum() - t.hits[k].sum(), t.rows.sum() - t.rows[k].sum()))
-        if explained > share: found.append(Cause(events[i].column, events[i].says, s, r.names[k], float(share), rate(r, 1), rate(c, 1), rate(r, 0), rate(c, 0), explained, float(mix[k] / whole), float(value)))
+        if explained > share: found.append(Cause(events[i].column, events[i].says, s, r.names[k], float(share), rate(r, r.rows[k].any()), rate(c, 1), rate(r, 0), rate(c, 0), explained, float(mix[k] / whole), float(value)))
     return sorted(found, key=lambda f: (-f.explained, f.p, f.segment, f.value))
 
 # %% ../../nbs/7_monitoring/06_root_cause.ipynb #931e1698
