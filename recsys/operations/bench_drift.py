@@ -89,7 +89,7 @@ def alarmed(profile: Profile, now: Window, plan: Plan) -> bool:
     return min(v for tests in p.values() for v in tests.values()) <= plan.alpha and judge(profile, now, [], plan).alarm
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #830cf2d1
-KINDS = 8 # of people
+KINDS = 4 # of people
 
 def kinds_of(icc: float) -> np.ndarray: # float64 [kinds]
     "The user's part of a value, for each kind of person."
@@ -153,8 +153,8 @@ def drawn(law: Law, rows: int, rng: np.random.Generator, buckets: int = 64) -> W
     return Window(rows // each * each, {c: f.dtype for c, f in law.frozen.items()}, kinds, counts, np.packbits(bits))
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #f156544e
-COUNTS = {1000: 1., 10_000: .4, 100_000: .1, 1_000_000: .1} # of the reports, this share is asked of drawn counts,
-ROWS = {1000: .075, 10_000: .04, 100_000: .004, 1_000_000: .001}   # and this of drawn rows, on cells that their own reference froze
+COUNTS = {1000: 1., 10_000: .5, 100_000: .067, 1_000_000: .067} # of the reports, this share is asked of drawn counts,
+ROWS = {1000: .05, 10_000: .025, 100_000: .0025, 1_000_000: .0005}   # and this of drawn rows, on cells that their own reference froze
 
 def false_alarms(plan: Plan, runs: int, say=lambda note: None) -> list[dict]: # icc, rows, drawn (rows, counts), hits, runs, rate, low, high
     "How often a report without drift alarms, by intra-class correlation and number of rows."
@@ -368,7 +368,7 @@ def real_figures(folder: str | Path, settings: Settings, say=lambda note: None) 
     return found
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #7475d00b
-def bench_drift(out: str | Path, settings: Settings, runs: int = 4000, rows: int = 1_000_000, many: int = 100, peers: bool = True, real: str | Path | None = None, say=lambda note: None) -> dict:
+def bench_drift(out: str | Path, settings: Settings, runs: int = 6000, rows: int = 1_000_000, many: int = 100, peers: bool = True, real: str | Path | None = None, say=lambda note: None) -> dict:
     "Measure, and write the figures to `out` as JSON."
     begin, plan = time.time(), plan_for(settings, "user")
     with tempfile.TemporaryDirectory(prefix="recsys-bench-") as tmp:
@@ -378,7 +378,7 @@ def bench_drift(out: str | Path, settings: Settings, runs: int = 4000, rows: int
     said = dict(name="drift", simulated=True, rows=rows, runs=runs, alpha=plan.alpha, limits=plan.limits, cost=cost, evidently=peer, parity=parity())
     said["planted"] = planted(plan, tuple(sorted({rows // 10, rows})), say=say)
     said["planted_found"], said["planted_false"] = min(p["found"] for p in said["planted"]), max(p["false"] for p in said["planted"])
-    few = max(1, runs // 16)
+    few = max(1, runs // 24)
     said["power"] = dict(by_unit=power(plan, few, say=say), by_row=power(plan_for(settings, None), few, say=say))
     said["false_alarm_rate"] = false_alarms(plan, runs, say)
     said["false_alarms"] = interval(sum(f["hits"] for f in said["false_alarm_rate"]), sum(f["runs"] for f in said["false_alarm_rate"]))

@@ -646,7 +646,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--items", type=int, default=100_000); c.add_argument("--users", type=int, default=200_000)
     c.add_argument("--seconds", type=float, default=10, help="of load for each figure")
     c = of(bench, "drift", _bench_drift, "false alarms, power, planted drifts and cost of the drift reports, beside Evidently in an environment of its own")
-    c.add_argument("--runs", type=int, default=4000, help="reports for each rate with few rows; fewer with many"); c.add_argument("--rows", type=int, default=1_000_000, help="of the tables whose cost is measured")
+    c.add_argument("--runs", type=int, default=6000, help="reports for each rate with few rows; fewer with many"); c.add_argument("--rows", type=int, default=1_000_000, help="of the tables whose cost is measured")
     c.add_argument("--many", type=int, default=100, metavar="N", help="and once N times as many, for the memory"); c.add_argument("--no-peers", action="store_true", help="without Evidently")
     c.add_argument("--real", metavar="DIR", help="a folder with online_retail and eshop_2008 as Parquet: what would have been flagged, month by month and week by week")
     c = of(bench, "experiments", _bench_experiments, "how often the rules for experiments are wrong and right, simulated and on real ones")
