@@ -7,9 +7,10 @@ import polars as pl
 import pytest
 from hypothesis import given, settings as how, strategies as st
 
+from recsys.core.files import write_json
 from recsys.core.settings import load_settings
 from recsys.operations import bench_loop as bl, year as yr, year_operator as op
-from recsys.operations.decisions import Decision, policy_of
+from recsys.operations.figures import bench_page
 from recsys.operations.registry import releases
 from recsys.operations.simulated_clock import Clock
 from shop import make_shop
@@ -197,3 +198,8 @@ def test_a_short_year_before_the_real_service(project, tmp_path):
     assert [r.version.endswith("-bad") for r in releases(s)][-1] and y["days"][-1]["version"].endswith("-bad")
     fell = next(a["day"] for a in y["actions"] if a["what"] == "fallback")
     assert y["days"][fell]["degraded"] >= .95 * y["days"][fell]["lists"] and y["days"][0]["degraded"] == 0
+    said = bl.whole(dict(loop=y, oracle=bl.run_year("oracle", TINY, project, tmp_path/"oracle", script)), TINY, script) | dict(measured="2024-01-01T00:00:00+00:00", seconds=1.)
+    write_json(tmp_path/"f.json", said)
+    page = bench_page("loop", project, [tmp_path/"f.json"]).read_text()
+    assert "Every figure on this page is simulated" in page and "What was promised" in page and "not measured" in page and all(d["date"] in page for d in y["days"]) and len(page) < 1_500_000
+    assert said["revenue_vs_oracle"] < 1 and said["failed_requests"] == 0 and said["shocks_planted"] == 3 and "training_cost_vs_daily" not in said

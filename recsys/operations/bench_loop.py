@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLICIES', 'SCRIPT', 'SIGNS', 'RIGHT', 'AFTER', 'WORDS', 'Shock', 'script_of', 'on', 'campaign', 'new_taste', 'flood',
            'deliver', 'table_of', 'Keeper', 'night', 'morning', 'act', 'play_day', 'run_year', 'fate_of',
-           'false_actions', 'ratio', 'judge', 'in_short', 'bench_loop', 'promised', 'in_weeks', 'diary']
+           'false_actions', 'ratio', 'judge', 'whole', 'in_short', 'bench_loop', 'promised', 'in_weeks', 'diary']
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #68eac846
 import shutil, time
@@ -265,6 +265,12 @@ def judge(years: dict[str, dict], script: list[Shock]) -> dict:
     return said
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #24795990
+def whole(years: dict[str, dict], plan: Plan, script: list[Shock]) -> dict:
+    "What the file says, but for when it was measured."
+    about = "simulated: a made-up shop and its visitors, before the real service"
+    return dict(name="loop", simulated=True, about=about, days=plan.days, visits=plan.visits, seed=plan.seed, items=plan.items, users=plan.users, script=[msgspec.to_builtins(s) for s in script],
+        daily_days=len(years["daily"]["days"]) if "daily" in years else 0, machine=machine(), years=years) | judge(years, script)
+
 def in_short(f: dict) -> str:
     "The figures in a sentence or two."
     said = lambda other, word: f"{f[f'revenue_vs_{other}']:.1%} ({f[f'revenue_vs_{other}_interval'][0]:.1%} to {f[f'revenue_vs_{other}_interval'][1]:.1%}) of {word}"
@@ -284,8 +290,7 @@ def bench_loop(out: str | Path, settings: Settings | None = None, days: int = 36
         jobs = {pool.submit(_play, p, plan, settings.file, str(home/p), script, until(p)): p for p in sorted(policies, key=("daily", "loop", "never", "oracle").index)} # the longest first
         years = {}
         for job in as_completed(jobs): years[jobs[job]] = job.result(); say(f"{jobs[job]} is through")
-    said = dict(name="loop", simulated=True, about="simulated: a made-up shop and its visitors, before the real service", days=plan.days, visits=plan.visits, seed=plan.seed, items=plan.items, users=plan.users, script=[msgspec.to_builtins(s) for s in script], daily_days=until("daily")) | judge(years, script) | dict(
-        years=years, measured=began.isoformat(timespec="seconds"), seconds=time.monotonic() - at, machine=machine())
+    said = whole(years, plan, script) | dict(measured=began.isoformat(timespec="seconds"), seconds=time.monotonic() - at)
     write_json(Path(out), said)
     return said
 

@@ -47,7 +47,7 @@ SMALL = dict(data=dict(dataset="shop/simulated.toml"), features=dict(windows_day
     embeddings=dict(dimensions=8, history_items=16, examples=200, min_events=3), factors=dict(dimensions=8, iterations=2, half_life_days=15),
     ranker=dict(snapshots=1, snapshot_gap_days=7, negatives=15, shown_lists=1500, trees=40, leaves=15, learning_rate=.15, min_rows_in_leaf=20, early_stopping_rounds=10),
     evaluation=dict(test_days=7, validation_days=7, bootstrap_samples=100), drift=dict(permutations=499), log=dict(roll_minutes=100000, events_days=4000, served_days=4000),
-    serving=dict(features_one_in=1000, intraday_seconds=5), run=dict(threads=1, keep=3))
+    serving=dict(features_one_in=1000, intraday_seconds=5, shed_ms=5000, refuse_ms=60000), run=dict(threads=1, keep=3))
 
 def year_settings(base: Settings, folder: str | Path, changes: dict = SMALL) -> Settings: # section: {key: value}
     "Write `folder`/settings.ini: `base`'s file with `changes`, data and reports under `folder`."
