@@ -4060,6 +4060,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'recsys/operations/simulated_clock.py'),
                                                    'recsys.operations.simulated_clock.Clock.set': ( '9_operations/simulated_clock.html#clock.set',
                                                                                                     'recsys/operations/simulated_clock.py'),
+                                                   'recsys.operations.simulated_clock._end_with': ( '9_operations/simulated_clock.html#_end_with',
+                                                                                                    'recsys/operations/simulated_clock.py'),
                                                    'recsys.operations.simulated_clock.believe': ( '9_operations/simulated_clock.html#believe',
                                                                                                   'recsys/operations/simulated_clock.py'),
                                                    'recsys.operations.simulated_clock.main': ( '9_operations/simulated_clock.html#main',

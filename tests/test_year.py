@@ -4,6 +4,7 @@ from datetime import date, datetime, timedelta, timezone
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 from hypothesis import given, settings as how, strategies as st
 
@@ -79,6 +80,15 @@ def test_the_clock_is_believed_by_processes_that_are_spawned(tmp_path):
     code = "import sys, time; from recsys.operations.simulated_clock import Clock, believe; believe(Clock(sys.argv[1])); t = time.time(); m = time.monotonic(); time.sleep(.05); print(t == time.time(), time.monotonic() > m, t)"
     out = subprocess.run([sys.executable, "-c", code, str(clock.path)], capture_output=True, text=True, check=True).stdout.split()
     assert out == ["True", "True", str(clock.now())]
+
+
+def test_the_service_ends_with_whoever_plays(tmp_path):
+    "A player that is killed leaves no process behind."
+    code = "import os, sys, time, threading; from recsys.operations.simulated_clock import _end_with; threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start(); print(os.getpid(), flush=True); time.sleep(60)"
+    player = subprocess.Popen([sys.executable, "-c", f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {code!r}]); p.wait()"], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(player.stdout.readline()))
+    player.kill(); player.wait()
+    assert psutil.wait_procs([child], timeout=30)[1] == []
 
 
 def test_a_feed_tells_each_change_once_and_never_the_future(tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['CLOCK', 'Clock', 'believe', 'main']
 
 # %% ../../nbs/9_operations/35_simulated_clock.ipynb #ae46c414
-import datetime, mmap, os, struct, sys, time
+import datetime, mmap, os, signal, struct, sys, threading, time
 from pathlib import Path
 
 # %% ../../nbs/9_operations/35_simulated_clock.ipynb #ebe17da3
@@ -34,10 +34,16 @@ def believe(clock: Clock):
 # %% ../../nbs/9_operations/35_simulated_clock.ipynb #c1e919f9
 CLOCK = "SIMULATED_CLOCK" # the variable that names the file
 
+def _end_with(parent: int):
+    "End this process when its parent is gone."
+    while os.getppid() == parent: threading.Event().wait(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
 def main():
     "Serve what the folder of bundles (second argument) holds under the settings (first), at any free port."
     from recsys.core.settings import RecsysError, load_settings
     from recsys.serving.app import serve
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try: serve(load_settings(sys.argv[1]), sys.argv[2], "127.0.0.1", 0)
     except RecsysError as e: sys.exit(f"recsys: {e}")
 
