@@ -11,6 +11,7 @@ from hypothesis import given, settings as how, strategies as st
 from recsys.core.files import write_json
 from recsys.core.settings import load_settings
 from recsys.operations import bench_loop as bl, year as yr, year_operator as op
+from recsys.operations.cli import main
 from recsys.operations.figures import bench_page
 from recsys.operations.registry import releases
 from recsys.operations.simulated_clock import Clock
@@ -190,6 +191,14 @@ def test_its_interval_covers_what_is_true():
 
 def test_shocks_are_spread_over_any_year_and_none_is_lost():
     for days in (7, 12, 100, 365): assert [s.kind for s in bl.script_of(days)] == [k for k, *_ in bl.SCRIPT] and all(0 < s.day < days for s in bl.script_of(days))
+
+
+@pytest.mark.parametrize("given, said", [(["--days", "3"], "play 7 or more"), (["--daily-days", "0"], "play 1 day or more"), (["--visits", "0"], "play 1 visit or more")])
+def test_what_cannot_be_played_is_said_in_one_line(given, said, project, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RECSYS_SETTINGS", project.file)
+    assert main(["bench", "loop", "--out", str(tmp_path/"f.json"), *given]) == 1
+    out = capsys.readouterr()
+    assert said in out.err and len(out.err.strip().splitlines()) == 1 and not (tmp_path/"f.json").exists() and not (tmp_path/"f").exists()
 
 
 # ---- a short year through the real service

@@ -56,6 +56,7 @@ def on(script: list[Shock], kind: str, day: int) -> Shock | None:
     "The shock of this kind that is under way on a day, or None."
     return next((s for s in script if s.kind == kind and s.day <= day < s.day + s.days), None)
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #d8ed0e4d
 def campaign(w: SimpleNamespace, s: Shock, day: int, usual: int) -> list[tuple[int, int, int]]:
     "More visits, as `visits_of` gives them."
     rng, category = np.random.default_rng([w.seed, 71, day]), len(w.things.centre) - 1
@@ -63,12 +64,14 @@ def campaign(w: SimpleNamespace, s: Shock, day: int, usual: int) -> list[tuple[i
     keen = w.users + np.argsort(-taste)[:max(20, len(taste) // 5)]
     return [(int(h), int(p), int(b)) for h, p, b in zip(rng.integers(0, w.plan.hours, n), rng.choice(keen, n), rng.random(n) < .3)]
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #5d17aed6
 def new_taste(w: SimpleNamespace, share: float):
     "Replace a share of all tastes, and what is good and popular."
     rng = np.random.default_rng([w.seed, 72])
     w.things.quality[:], w.things.base[:] = rng.permutation(w.things.quality), rng.permutation(w.things.base)
     _drift(w.people, w.things, share, rng)
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #26719820
 def flood(w: SimpleNamespace, s: Shock, at: datetime) -> list[dict]:
     "Views of robots, 250 each within a minute."
     ids = [i for i in w.names.item_ids if i]
@@ -82,6 +85,7 @@ def deliver(w: SimpleNamespace, line: Line, day: int, told: dict, broken: Shock 
     if news: line.send("/v1/items", [dict(items=news[k:k + 200]) for k in range(0, len(news), 200)], "PUT")
     return {r["item_id"]: r for r in news} if broken else {}
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #eafcf51f
 def table_of(told: dict, wrong: dict) -> pl.DataFrame:
     "The catalogue as the shop has told it."
     return pl.DataFrame([dict(item_id=r["item_id"], price=r.get("price"), category=r.get("category"), available_to=r.get("available_to")) for r in (told | wrong).values()],
@@ -98,6 +102,7 @@ class Keeper:
         feed_of(self.w, plan.history, self.told)
         self.watch, self.watch_cpu, self.events, self.actions = Watch(self.settings), 0., [], []
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #a0ec887d
 def night(k: Keeper, day: int, why: str, refresh: bool = False):
     "Learn and publish; with `refresh` the ranker stays."
     n, at = learn(k.settings, k.plan.midnight(day), ranker=k.ranker if refresh else None)
@@ -120,6 +125,7 @@ def morning(k: Keeper, day: int):
     k.watch_cpu += time.process_time() - began
     act(k, day, found, f"{today.date()}")
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #e13a6afe
 def act(k: Keeper, day: int, found: list, of: str):
     "Decide by the policy of the settings, and do what was decided."
     before = k.decisions[-1].fallback if k.decisions else 0
@@ -172,6 +178,7 @@ def _settled(k: Keeper, line: Line, seconds: float = 30):
         time.sleep(.1)
     raise RecsysError(f"the service does not take over version {want}", str(k.folder), "see its lines above")
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #d590938b
 def _one_day(k: Keeper, day: int, line: Line, clock: Clock):
     "Morning, deliveries, visits."
     clock.set(k.plan.midnight(day).timestamp())
@@ -186,6 +193,7 @@ def _one_day(k: Keeper, day: int, line: Line, clock: Clock):
     if k.policy == "loop" and on(k.script, "model", day): spoil(k.settings, "published by hand, past the gate"); k.released = k.plan.midnight(day).date(); k.actions.append(dict(day=day, what="bad model", said="published by hand, past the gate"))
     _settled(k, line)
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #6b353c1d
 def run_year(policy: str, plan: Plan, base: Settings, folder: str | Path, script: list[Shock], until: int | None = None, say=lambda note: None) -> dict: # until: days that are played, None: all
     "Play the year under a policy: days, nights, findings, decisions, actions, failed_requests, requests, cpu seconds. The folder must be new."
     k, began, until = Keeper(policy, plan, base, Path(folder), script), time.monotonic(), until or plan.days
@@ -224,6 +232,7 @@ def fate_of(s: Shock, year: dict) -> dict:
         fate["contained"] = d["degraded"] >= .95 * d["lists"] or not d["version"].endswith("-bad")
     return fate
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #35abc34e
 def false_actions(script: list[Shock], year: dict) -> list[dict]:
     "Decisions to act that belong to no shock."
     excused = {n for s in script for n in range(s.day, s.day + s.days + AFTER + 1)}
@@ -249,6 +258,7 @@ def _play(policy: str, plan: Plan, file: str, folder: str, script: list[Shock], 
     write_json(Path(f"{folder}.json"), done)
     return done
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #24795990
 def judge(years: dict[str, dict], script: list[Shock]) -> dict:
     "The figures of the loop against the other policies."
     loop, fates, false = years["loop"], [fate_of(s, years["loop"]) for s in script if s.day < len(years["loop"]["days"])], false_actions(script, years["loop"])
@@ -264,13 +274,14 @@ def judge(years: dict[str, dict], script: list[Shock]) -> dict:
         said["training_cost_vs_daily"] = mine / max(sum(x["cpu"] for x in years["daily"]["nights"] if x["day"] > 0), 1e-9)
     return said
 
-# %% ../../nbs/9_operations/32_bench_loop.ipynb #24795990
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #dce81db2
 def whole(years: dict[str, dict], plan: Plan, script: list[Shock]) -> dict:
     "What the file says, but for when it was measured."
     about = "simulated: a made-up shop and its visitors, before the real service"
     return dict(name="loop", simulated=True, about=about, days=plan.days, visits=plan.visits, seed=plan.seed, items=plan.items, users=plan.users, script=[msgspec.to_builtins(s) for s in script],
         daily_days=len(years["daily"]["days"]) if "daily" in years else 0, machine=machine(), years=years) | judge(years, script)
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #8147ea43
 def in_short(f: dict) -> str:
     "The figures in a sentence or two."
     said = lambda other, word: f"{f[f'revenue_vs_{other}']:.1%} ({f[f'revenue_vs_{other}_interval'][0]:.1%} to {f[f'revenue_vs_{other}_interval'][1]:.1%}) of {word}"
@@ -281,7 +292,8 @@ def in_short(f: dict) -> str:
 def bench_loop(out: str | Path, settings: Settings | None = None, days: int = 365, visits: int = 150, seed: int = 1, daily_days: int | None = None, policies: tuple = POLICIES, say=lambda note: None) -> dict:
     "Play the year under each policy, judge, write `out`; the folder of its name without the suffix keeps what each year left."
     settings, began, at, plan = settings or load_settings(), datetime.now(timezone.utc), time.monotonic(), Plan(days=days, visits=visits, seed=seed)
-    if days < len(SCRIPT) + 1: raise RecsysError(f"{days} days", "bench loop", f"play {len(SCRIPT) + 1} or more: there are {len(SCRIPT)} shocks")
+    for n, least, what in ((days, len(SCRIPT) + 1, f"or more: there are {len(SCRIPT)} shocks"), (visits, 1, "visit or more a day"), (1 if daily_days is None else daily_days, 1, "day or more")):
+        if n < least: raise RecsysError(f"{n} is too little", "bench loop", f"play {least} {what}")
     home, script = Path(out).with_suffix(""), script_of(plan.days)
     if home.exists(): raise RecsysError("there is something already", str(home), "name another file, or remove the folder")
     home.mkdir(parents=True)
@@ -310,6 +322,7 @@ def promised(f: dict) -> list[dict]: # promise, wanted, measured, kept (None: no
         ("failed requests", "0", str(f["failed_requests"]), f["failed_requests"] == 0)]
     return [dict(promise=p, wanted=w, measured=m, kept=k) for p, w, m, k in rows]
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #3a64640f
 def in_weeks(years: dict[str, dict]) -> pl.DataFrame:
     "Seven-day means of all policies: date, policy, revenue, visits, ctr, conversion, of the best."
     frames = []
@@ -318,6 +331,7 @@ def in_weeks(years: dict[str, dict]) -> pl.DataFrame:
         frames.append(d.drop_nulls().select("date", "revenue", "visits", ctr=pl.col("clicks") / pl.col("impressions"), conversion=pl.col("orders") / pl.col("visits"), policy=pl.lit(policy)).with_columns(d.drop_nulls().select((pl.col("worth") / pl.col("best")).alias("of the best"))))
     return pl.concat(frames)
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #4520e974
 def diary(f: dict) -> pl.DataFrame:
     "A line for each day of the loop: traffic, ctr, conversion, revenue, that of the oracle, shock, findings, decision, what was done."
     y, best = f["years"]["loop"], f["years"].get("oracle", {}).get("days", [])

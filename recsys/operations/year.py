@@ -75,6 +75,7 @@ def play_history(w: SimpleNamespace, out: str | Path) -> Path:
     for path in out.glob("*"): os.utime(path, (at, at))
     return out/"simulated.toml"
 
+# %% ../../nbs/9_operations/31_year.ipynb #596c0844
 def begin_day(w: SimpleNamespace, out: Path, day: int): # of the history and the year
     "Tastes, prices and seasons of a day; nothing is ever sold out here."
     _begin_day(w, out, day)
@@ -144,6 +145,7 @@ def visits_of(w: SimpleNamespace, day: int) -> list[tuple[int, int, int]]: # hou
     share = (when - w.start_us) / 864e8 - day
     return [(min(int(s * w.plan.hours), w.plan.hours - 1), int(p), int(k)) for s, p, k in zip(share, who, kind)]
 
+# %% ../../nbs/9_operations/31_year.ipynb #76e0a891
 def new_visit(w: SimpleNamespace, number: int, at: float, person: int, buying: int) -> SimpleNamespace: # at: epoch s
     "A visitor at the door."
     v = SimpleNamespace(number=number, now=np.zeros(20, np.int64), rng=np.array([w.seed * 1_000_003 + number], np.uint64), requests=[], done=0,
@@ -178,6 +180,7 @@ def question_of(w: SimpleNamespace, v: SimpleNamespace) -> dict:
     q = dict(visitor_id=w.names.visitor_ids[now[3 - 2]], session_id=f"s{v.number}", placement=w.names.placement[place], n=int(w.shop.positions[place]))
     return q | (dict(user_id=w.names.user_ids[now[USER]]) if now[USER] >= 0 else {})
 
+# %% ../../nbs/9_operations/31_year.ipynb #d72b827c
 def oracle_of(w: SimpleNamespace):
     "A function like `ask` that gives the most valuable lists there are."
     worth = np.empty(w.items)
@@ -290,6 +293,7 @@ def asking(line: Line, seen: dict):
         return found
     return ask
 
+# %% ../../nbs/9_operations/31_year.ipynb #a320c04c
 def posting(line: Line, lost: float = 0., rng=None, most: int = 400):
     "`post` over a line; the share `lost` of the events never gets there."
     def post(events):

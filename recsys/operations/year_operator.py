@@ -18,7 +18,6 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from ..candidates.build import build_candidates
 from ..core.files import atomic_file, read_json
 from ..core.settings import RecsysError, Settings, load_settings
 from ..data.events import UTC
@@ -71,6 +70,7 @@ class Night(Struct):
     passed: bool = False
     said: str = ""
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #15651734
 def _empty(folder: Path) -> Path:
     "The folder, with nothing in it."
     if folder.exists(): remove(folder)
@@ -84,8 +84,10 @@ def _forget_old(settings: Settings, moment: datetime, keep_days: int):
     for file in sorted((Path(settings.file).parent/"shop"/"events").glob("*.parquet"))[:-1]:
         if pl.scan_parquet(file).select(pl.col("ts").max()).collect().item() < since: file.unlink()
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #e4555842
 def learn(settings: Settings, moment: datetime, keep_days: int = 42, ranker: Path | None = None) -> tuple[Night, dict[str, Path]]: # the account, and the folders of the steps
     "From the log to a ranker and its figures, as of `moment`; with the folder of a `ranker` that one is kept, and only the tables are new."
+    from recsys.candidates.build import build_candidates
     began, d, root = time.process_time(), settings.data, Path(settings.file).parent
     roll_log(settings.data_dir); _forget_old(settings, moment, keep_days)
     at = {n: settings.data_dir/"steps"/f"{n}-{moment:%Y%m%d}" for n in ("ingest", "features", "candidates", "train", "evaluate")}
@@ -128,6 +130,7 @@ def day_events(settings: Settings, day: date) -> pl.DataFrame:
     events = pl.concat([pl.read_parquet(f) for f in files]).with_columns(flag=pl.lit(None, pl.String)).sort("ts", "event_id")
     return Flagger(settings.data.bot_events_per_minute, settings.data.bot_events_per_day).fill(events)
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #8bd17d8d
 class _Shown(Struct):
     at: float
     items: list[list]
@@ -147,6 +150,7 @@ class Watch:
         self.store, self.first = settings.data_dir/"profiles"/"own", [] # days before there is a store
         self.met = [] # of each day: how often each item was looked at without a list
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #66def605
 def demand_sums(watch: Watch, events: pl.DataFrame, day: date, days: int = 28, share: float = .2) -> pl.DataFrame: # day, bucket, own, familiar
     "What known users look at without a list, and how much of it are items that were the most looked at of late."
     own = events.filter(pl.col("event_type") == "view", pl.col("request_id").is_null(), pl.col("user_id").is_not_null())
@@ -155,6 +159,7 @@ def demand_sums(watch: Watch, events: pl.DataFrame, day: date, days: int = 28, s
     watch.met.append(new)
     return own.with_columns(day=pl.lit(day), bucket=pl.Series(bucket_of(own["visitor_id"]))).group_by("day", "bucket").agg(own=pl.len().cast(pl.Float64), familiar=pl.col("item_id").is_in(familiar.implode()).sum().cast(pl.Float64))
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #2a6b5ea5
 def visits_in(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame: # visitor, account, department
     "One row for each visit: has the visitor an account, and for which department did he come?"
     own = pl.col("request_id").is_null() & pl.col("item_id").is_not_null()
@@ -162,6 +167,7 @@ def visits_in(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame: # visi
     visits = rows.group_by("session_id", maintain_order=True).agg(visitor=pl.col("visitor_id").first(), account=pl.col("user_id").is_not_null().any(), department=pl.col("department").filter(own).first())
     return visits.select("visitor", "department", account=pl.when("account").then(pl.lit("yes")).otherwise(pl.lit("no")))
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #62206a5f
 def look(watch: Watch, day: date, items: pl.DataFrame) -> pl.DataFrame: # its events
     "Take in a day; `items`: item_id and category."
     s, events = watch.settings, day_events(watch.settings, day)
@@ -189,12 +195,14 @@ def lately(watch: Watch, of: tuple[str, str], end: date, days: int, limit: float
         values.append(np.divide(above, below, out=np.full(len(watch.w), np.nan), where=below > 0))
     return _judged("_of_".join(of), values[0], np.stack(values[1:]), limit)
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #b89e42f2
 def whole_catalogue(settings: Settings, items: pl.DataFrame, moment: datetime) -> list[Finding]:
     "Is the catalogue that the shop told whole?"
     floors = {k: v for k, v in pairs_of(settings.business.floors).items() if k in ("priced", "categorised")}
     return [Finding("attribution", f"catalogue.{h['name']}", "critical", h["value"], h["floor"], moment.isoformat()[:10], what=f"only {h['value']:.0%} of the items are {h['name']}")
             for h in catalogue_health(items, pl.Series("item_id", [], pl.String), moment, floors) if h["verdict"] == "breached"]
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #8379169d
 def arrived(settings: Settings, events: pl.DataFrame, day: date) -> list[Finding]:
     "Did what happened arrive, and was it people?"
     places, found = served_places(settings, day)[1], []
@@ -204,6 +212,7 @@ def arrived(settings: Settings, events: pl.DataFrame, day: date) -> list[Finding
     if robots > .05: found.append(Finding("pipeline", "robots", "critical", robots, .05, str(day), what=f"{robots:.0%} of the events are robots'"))
     return found
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #e6dba06e
 def liked(watch: Watch, end: date, released: date | None) -> list[Finding]:
     "Do people still click, and still look for the same?"
     if len(watch.days) < 2 * (watch.windows + 1): return []
@@ -213,6 +222,7 @@ def liked(watch: Watch, end: date, released: date | None) -> list[Finding]:
     found = [("click", two, "clicks of known users")] * (not fresh) + [("demand", own, "looks at familiar products without a list")]
     return [Finding("concept", where, "critical", j["change"], -.1, day, what=f"{words} {j['change']:+.0%}", since=str(end - timedelta(days=2))) for where, j, words in found if j["verdict"] == "breached"]
 
+# %% ../../nbs/9_operations/39_year_operator.ipynb #4f7c590d
 def moved(watch: Watch, day: date) -> list[Finding]:
     "Do other people come, or for other things?"
     if not (watch.store/"frozen").exists(): return []
