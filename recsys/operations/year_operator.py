@@ -220,7 +220,7 @@ def liked(watch: Watch, end: date, released: date | None) -> list[Finding]:
     one, two, own = lately(watch, CTR, end, 1, .2), lately(watch, CTR, end, 2, .1), lately(watch, FAMILIAR, end, 2, .1)
     if fresh and one["verdict"] == "breached": return [Finding("quality", "lists", "critical", one["change"], -.2, day, what=f"clicks of known users {one['change']:+.0%} since the release of {released}")]
     found = [("click", two, "clicks of known users")] * (not fresh) + [("demand", own, "looks at familiar products without a list")]
-    return [Finding("concept", where, "critical", j["change"], -.1, day, what=f"{words} {j['change']:+.0%}", since=str(end - timedelta(days=2))) for where, j, words in found if j["verdict"] == "breached"]
+    return [Finding("concept", where, "critical" if j["change_high"] < -.25 else "warning", j["change"], -.1, day, what=f"{words} {j['change']:+.0%}", since=str(end - timedelta(days=2))) for where, j, words in found if j["verdict"] == "breached"]
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #4f7c590d
 def moved(watch: Watch, day: date) -> list[Finding]:
