@@ -152,6 +152,16 @@ def test_publication_waits_until_somebody_approves(project):
     lines = [json.loads(l) for l in (project/"data/decisions.jsonl").read_text().splitlines()]
     assert [l["action"] for l in lines[:2]] == ["ask", "nothing"] and lines[1]["findings"][0]["word"] == "approved"
 
+def test_of_a_step_that_fails_somebody_hears_once(project):
+    job(project, "validate", ("ingest", "out"), "raise ValueError('boom')")
+    for _ in range(2):
+        r = recsys(project, "run")
+        assert r.returncode == 1 and "boom" in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+    d, = [json.loads(l) for l in (project/"data/decisions.jsonl").read_text().splitlines()]
+    assert d["action"] == "ask" and d["findings"][0]["where"] == "validate" and "boom" in d["findings"][0]["what"] and d["day"] == "2026-03-02"
+    assert json.loads((project/"reports/runs/2026-03-02/run.json").read_text())["decision"]["action"] == "ask"
+    assert recsys(project, "alerts").stdout.count("validate failed") == 1
+
 def test_the_switch_and_the_labels_from_the_terminal(project):
     assert recsys(project, "fallback", "2", "--why", "careful", "--by", "Ada").stdout.startswith("fallback level 2 (without the ranker)")
     status = recsys(project, "status").stdout
