@@ -2747,6 +2747,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'recsys.operations.alerts': { 'recsys.operations.alerts.Act': ('9_operations/alerts.html#act', 'recsys/operations/alerts.py'),
                                           'recsys.operations.alerts.Alert': ( '9_operations/alerts.html#alert',
                                                                               'recsys/operations/alerts.py'),
+                                          'recsys.operations.alerts.Alert.weight': ( '9_operations/alerts.html#alert.weight',
+                                                                                     'recsys/operations/alerts.py'),
                                           'recsys.operations.alerts.Case': ('9_operations/alerts.html#case', 'recsys/operations/alerts.py'),
                                           'recsys.operations.alerts.Case.pending': ( '9_operations/alerts.html#case.pending',
                                                                                      'recsys/operations/alerts.py'),

@@ -21,7 +21,7 @@ HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 def shop(folder, **alerts):
     s = load_settings()
-    plain = dict(webhook="", smtp_host="", tries=1, timeout_seconds=2., email_from="recsys@shop.example", email_to=("team@shop.example",), email_escalate=("lead@shop.example",))
+    plain = dict(webhook="", smtp_host="", send_from="warning", tries=1, timeout_seconds=2., email_from="recsys@shop.example", email_to=("team@shop.example",), email_escalate=("lead@shop.example",))
     return msgspec.structs.replace(s, paths=msgspec.structs.replace(s.paths, data=str(folder/"data")), alerts=msgspec.structs.replace(s.alerts, **plain | alerts))
 
 def alert(key="data:price", severity="warning", day="2026-03-02", **more): return Alert(key, severity, f"{key} moved", "look at it", day=day, source="decisions", **more)
@@ -62,6 +62,15 @@ def test_a_webhook_is_told_once_and_can_check_who_says_it(hook, tmp_path):
     assert headers["Idempotency-Key"] == f"{c.id}-1" and headers["Content-Type"] == "application/json" and abs(time.time() - int(headers["X-Recsys-Timestamp"])) < 60
     assert {k: json.loads(body)[k] for k in ("act", "severity", "key", "todo", "evidence", "owner")} == dict(act="raised", severity="warning", key="data:price", todo="look at it",
         evidence="runs/2026-03-02/drift.html", owner=s.alerts.owner)
+
+def test_a_warning_is_listed_and_sent_only_if_it_gets_worse_unless_all_are_wanted(hook, tmp_path):
+    s = shop(tmp_path, webhook=hook.url, send_from="critical")
+    for k in range(3): raise_alert(s, alert(f"data:c{k}"), T)
+    assert deliver(s, T) == dict(sent=0, wait=0) and len(listing(s, now=T)) == 3 and {r["unsent"] for r in listing(s, now=T)} == {0}
+    raise_alert(s, alert("data:c1", "critical"), T + HOUR)
+    assert deliver(s, T + HOUR) == dict(sent=1, wait=0) and [(t["key"], t["act"]) for t in told(hook)] == [("data:c1", "worse")]
+    raise_alert(s, alert("data:c2", asks=True), T + 2*HOUR)
+    assert deliver(s, T + 2*HOUR) == dict(sent=1, wait=0), "what asks is sent, whatever its severity"
 
 def test_without_a_secret_nothing_is_signed(hook, tmp_path):
     s = shop(tmp_path, webhook=hook.url)

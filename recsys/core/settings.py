@@ -214,6 +214,7 @@ class Notices(Section):
     owner: str
     escalate_to: str
     escalate_hours: Above0
+    send_from: Literal["warning", "critical"]
     reopen_hours: Annotated[float, Meta(ge=0)]
     webhook: Annotated[str, Meta(pattern=r"^(https?://\S+)?$")]
     webhook_secret: str

@@ -143,7 +143,7 @@ DEEDS = dict(nothing="", refresh="Candidates are made anew.", retrain="The model
 def alert_of(f: Finding, d: Decision) -> Alert:
     "A finding as an alert, with what was done about it."
     acted = d.action != "nothing" and d.calls.get(f.key) == d.action
-    return Alert(f.key, f.severity, f.what or f"{f.key}: {f.value:.4g} beyond {f.threshold:.4g}", " ".join(filter(None, (TODO[f.kind], DEEDS[d.action] if acted else ""))), f.evidence, f.day, source="decisions")
+    return Alert(f.key, f.severity, f.what or f"{f.key}: {f.value:.4g} beyond {f.threshold:.4g}", " ".join(filter(None, (TODO[f.kind], DEEDS[d.action] if acted else ""))), f.evidence, f.day, source="decisions", asks=acted and d.action in ("ask", "fall_back"))
 
 def decisions_file(settings: Settings) -> Path: return settings.data_dir/"decisions.jsonl"
 

@@ -36,6 +36,10 @@ class Alert(Struct, frozen=True, omit_defaults=True):
     day: str = ""        # ISO, on which it was found
     owner: str = ""      # empty: the owner of settings.ini
     source: str = ""     # who raised it, and closes it when it has gone
+    asks: bool = False   # something waits for a person, or harm is being contained: nothing to be read tomorrow
+
+    @property
+    def weight(self) -> int: return 2 * SEVERITIES.index(self.severity) + self.asks
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #afcbf1f4
 NOTICES = ("raised", "worse", "escalated", "woken")                  # acts that people are told of
@@ -68,7 +72,7 @@ class Case(Struct):
     days: int = 1             # on which it was there
     answer: str = ""          # one of ANSWERS
     answered_by: str = ""
-    worst: str = ""           # severity so far
+    worst: int = 0            # weight so far
     label: str = ""           # true or false, as a person said
     until: str = ""           # snoozed until then
     closed: str = ""          # when it had gone
@@ -95,7 +99,7 @@ def _apply(cases: dict[str, Case], a: Act):
     c = cases[a.id]
     if a.act in NOTICES: c.notices.append(a); c.last = a.at
     if a.act in ("worse", "again", "reopened"): c.alert, c.closed, c.days = a.alert, "", c.days + (a.alert.day != c.alert.day)
-    if a.alert: c.worst = max(c.worst or "info", a.alert.severity, key=SEVERITIES.index)
+    if a.alert: c.worst = max(c.worst, a.alert.weight)
     if a.act == "worse": c.answer, c.until, c.label, c.escalated = "", "", "", False
     if a.act == "escalated": c.escalated = True
     if a.act == "woken": c.until = ""
@@ -132,9 +136,10 @@ def _acting(settings: Settings, now: datetime | None):
 
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #8afc6ecb
-def channels_of(settings: Settings) -> list[str]:
-    "The channels that settings.ini names."
+def channels_of(settings: Settings, alert: Alert | None = None) -> list[str]:
+    "The channels of settings.ini, all or those through which an alert goes."
     s = settings.alerts
+    if alert and not alert.asks and SEVERITIES.index(alert.severity) < SEVERITIES.index(s.send_from): return []
     return ["webhook"] * bool(s.webhook) + ["email"] * bool(s.smtp_host)
 
 
@@ -146,11 +151,11 @@ def raise_alert(settings: Settings, alert: Alert, now: datetime | None = None) -
     with _acting(settings, now) as (cases, act):
         same = next((c for c in reversed(cases.values()) if c.alert.key == alert.key), None)
         if same and same.closed and _moment(_now(now)) - _moment(same.closed) > timedelta(hours=settings.alerts.reopen_hours): same = None
-        tell = dict(channels=channels_of(settings), alert=alert)
+        tell = dict(channels=channels_of(settings, alert), alert=alert)
         if not same: c = act(digest(alert.key, len(cases), _now(now))[:8], "raised", **tell)
-        elif SEVERITIES.index(alert.severity) > SEVERITIES.index(same.worst): c = act(same.id, "worse", **tell)
+        elif alert.weight > same.worst: c = act(same.id, "worse", **tell)
         elif same.closed: return act(same.id, "reopened", alert=alert)
-        elif alert.day != same.alert.day or alert.severity != same.alert.severity: return act(same.id, "again", alert=alert)
+        elif alert.day != same.alert.day or alert.weight != same.alert.weight: return act(same.id, "again", alert=alert)
         else: return same
     log.log(logging.ERROR if alert.severity == "critical" else logging.WARNING, "%s alert %s: %s (%s) Do: %s", alert.severity, c.id, alert.what, alert.owner, alert.todo)
     return c
@@ -195,7 +200,7 @@ def words(settings: Settings, now: datetime | None = None) -> dict[str, tuple[st
     since, said = _moment(_now(now)) - timedelta(hours=settings.alerts.reopen_hours), {}
     for c in read_cases(settings).values():
         word = "false" if c.label == "false" else c.answer if c.answer != "acknowledged" else ""
-        if not c.closed or _moment(c.closed) >= since: said[c.alert.key] = (word, c.worst)
+        if not c.closed or _moment(c.closed) >= since: said[c.alert.key] = (word, SEVERITIES[c.worst // 2])
     return {k: w for k, w in sorted(said.items()) if w[0]}
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #72bdb118
@@ -203,9 +208,10 @@ def tend(settings: Settings, now: datetime | None = None) -> list[Case]:
     "Wake and escalate what is due; the cases."
     moment, due = _moment(_now(now)), timedelta(hours=settings.alerts.escalate_hours)
     with _acting(settings, now) as (cases, act):
-        found, tell = [], dict(channels=channels_of(settings))
+        found = []
         for c in [*cases.values()]:
             if c.closed: continue
+            tell = dict(channels=channels_of(settings, c.alert))
             if c.until and _moment(c.until) <= moment: found.append(act(c.id, "woken", **tell))
             elif c.state(moment) == "open" and not c.escalated and moment - _moment(c.last) >= due: found.append(act(c.id, "escalated", by=settings.alerts.escalate_to, **tell))
     return found
