@@ -562,7 +562,7 @@ def _drift(a):
     from recsys.operations.drift_page import drift_report
     with Console(stderr=True).status("comparing"): r = drift_report(a.reference, a.current, a.out, a.unit, a.model)
     print(f"{r.sentence}\n{r.seconds:.1f} s, peak {r.peak_rss_mb:,.0f} MB. Look at {a.out}/report.html")
-    return 2 if r.alarm else 0
+    return 2 if r.alarm else 1 if r.sentence.startswith("No verdict") else 0   # an empty feed must not pass as a calm one
 
 # %% ../../nbs/9_operations/07_cli.ipynb #590a6500
 class _Parser(argparse.ArgumentParser):
