@@ -149,6 +149,17 @@ def test_a_run_as_of_an_earlier_day_sees_nothing_later(tmp_path):
     assert kept("2026-03-03") == 1 and not kept("2026-03-02")
 
 
+def test_a_log_without_lists_makes_no_profile(tmp_path):
+    from recsys.core.settings import load_settings
+    from recsys.monitoring.watch import watch_weeks
+    from shop import make_shop
+    s, ingested = load_settings(make_shop(tmp_path/"shop")/"settings.ini"), tmp_path/"in"
+    ingested.mkdir(); (ingested/"ingest.json").write_text(json.dumps(dict(moment=(START + timedelta(days=3)).isoformat())))
+    pl.DataFrame(dict(item_id=["a"], category=["A"])).write_parquet(ingested/"items.parquet")
+    (s.data_dir/"served/day=2026-03-01").mkdir(parents=True); (s.data_dir/"served/day=2026-03-01/1-1.jsonl").write_bytes(b"{}\n" + record(0, [("a", 1., "x")], kind="rank") + b"\n")
+    assert watch_weeks(ingested, s) == dict(served=None)
+
+
 # ---- train and serve
 
 @settings(max_examples=60, deadline=None)

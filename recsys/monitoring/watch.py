@@ -105,6 +105,8 @@ def watch_weeks(ingested: str | Path, settings: Settings) -> dict:
     "Keep the profiles of the days that are new; the last week of events and of served lists against the weeks before: {what: {last, sentence, comparison, causes} or None}."
     days, stores, said = profile_shop(ingested, settings.data_dir, settings.data.dataset, settings.drift.profile_days), shop_stores(settings.data_dir, settings.data.dataset), {}
     for what in days:
+        said[what] = None
+        if not (stores[what]/"frozen").exists(): continue # a log, but nothing in it that was recommended to anybody
         store = Store(stores[what])
         last = max((p.name[4:] for p in store.folder.glob("day=*") if p.name[4:] <= days[what][-1]), default="") if days[what] else ""
         plan, weeks = plan_of(settings, "visitor"), settings.drift.past_weeks
