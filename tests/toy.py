@@ -1,4 +1,4 @@
-"A shop whose eight jobs take a second each and write made-up figures: the runner, its locks, kernels, releases and pages are the real ones."
+"A shop whose jobs take a second each and write made-up figures: the runner, its locks, kernels, releases and pages are the real ones."
 import json
 from pathlib import Path
 
@@ -24,6 +24,8 @@ JOBS = dict(
     ingest='rows = (root/"events.csv").read_text().splitlines()[1:]\nwrite_json(out/"ingest.json", dict(moment=(date or rows[-1].split(",")[1][:10]) + "T00:00:00+00:00", rows=len(rows), quarantined=0, dataset="toy", about="made up"))',
     evaluate='f = lambda v: {"ndcg@5": dict(value=v, low=v - .01, high=v + .01)}\n'
              'write_json(out/"evaluation.json", dict(questions=dict(next_basket=dict(cases=99, metrics=f(.3), baselines=dict(popularity=f(.2)), best_baseline="popularity", waterfall=[], against=dict(popularity=dict(difference=.1, low=.09, high=.11))))))',
+    decide='from recsys.core.settings import as_dict\nnames = [Path(p).name for p in PARENTS]\n'
+           'write_json(out/"decide.json", dict(names=names, decision=dict(day="2024-03-01", action="nothing", because="calm", of=digest(sorted(names), [], as_dict(settings, "decisions")))))',
     drift='write_json(out/"drift.json", dict(verdict="good", sentence="calm", material=[], severity=0))',
     publish="""bundles = settings.data_dir/"bundles"
 moment, now = read_json(Path(ingest)/"ingest.json")["moment"], os.readlink(bundles/"current") if (bundles/"current").is_symlink() else None
