@@ -76,6 +76,7 @@ def test_a_project_without_notebooks_runs_those_of_the_package(bare, tmp_path):
     assert unknown.returncode == 1 and f"jobs: {jobs}" in unknown.stderr, unknown.stderr
 
 @pytest.mark.bench
+@pytest.mark.timeout(3600)
 def test_a_simulated_shop_runs_from_the_wheel_alone(bare, tmp_path):
     "Offline, in a folder with nothing in it: a network address that cannot be reached would be the first to fail."
     done = call(bare/"recsys", "run", "--dataset", "simulated", "--small", cwd=tmp_path, timeout=1500, PATH=f"{bare}:{os.environ['PATH']}", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
