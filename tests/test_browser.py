@@ -64,7 +64,7 @@ def test_what_is_bad_is_found_and_nothing_else(visit, tmp_path, bad):
 def test_from_the_index_to_every_page_of_a_run_and_back(daily, visit, size, scheme):
     v = visit(size, scheme)
     v.page.goto((daily.copy/"reports/index.html").as_uri()); v.look()
-    links = v.page.locator("main table").first.locator("tbody th a").all_inner_texts()
+    links = v.page.get_by_role("table", name="Time and memory by step").locator("tbody th a").all_inner_texts()
     assert {"ingest", "drift", "evaluate", "publish"} <= set(links)
     for name in links if (size, scheme) in (("phone", "dark"), ("desk", "light")) else ["drift"]: # each page in both sizes and both schemes
         v.page.get_by_role("link", name=name, exact=True).first.click()
