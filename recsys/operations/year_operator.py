@@ -216,7 +216,7 @@ def arrived(settings: Settings, events: pl.DataFrame, day: date) -> list[Finding
 def liked(watch: Watch, end: date, released: date | None) -> list[Finding]:
     "Do people still click, and still look for the same?"
     if len(watch.days) < 2 * (watch.windows + 1): return []
-    day, fresh = str(end - timedelta(days=1)), released is not None and (end - released).days <= 3
+    day, fresh = str(end - timedelta(days=1)), released is not None and (end - released).days <= 2
     one, two, own = lately(watch, CTR, end, 1, .2), lately(watch, CTR, end, 2, .1), lately(watch, FAMILIAR, end, 2, .1)
     if fresh and one["verdict"] == "breached": return [Finding("quality", "lists", "critical", one["change"], -.2, day, what=f"clicks of known users {one['change']:+.0%} since the release of {released}")]
     found = [("click", two, "clicks of known users")] * (not fresh) + [("demand", own, "looks at familiar products without a list")]
