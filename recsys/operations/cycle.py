@@ -101,6 +101,19 @@ def _failed(settings: Settings, records: dict, error: Exception, date: str) -> d
     try: return dict(decision=_decided(decide_failure(settings, list(records)[-1], str(error), day, date or (day if "folder" in records.get("ingest", {}) else "latest"))))
     except (RecsysError, OSError): return {}
 
+def _tell_gate(settings: Settings, error: Exception | None, label: str):
+    "Let people know of a version that the gate refused, until another one passes."
+    from recsys.operations.alerts import Alert, close_gone, deliver, raise_alert
+    if isinstance(error, Refused): raise_alert(settings, Alert("release:gate", "warning", str(error), "read why on the page; `recsys promote VERSION --anyway --why TEXT` if it shall serve nevertheless", f"runs/{label}/publish.html", label, source="gate", asks=True))
+    elif not error: close_gone(settings, "gate", set())
+    deliver(settings)
+
+def _reshared(settings: Settings, ingested: str | Path) -> list[str]:
+    "What becomes of bandits, in sentences; a mistake in their file stops no run."
+    from recsys.experiments.shares import reshare_all
+    try: return [f"bandit {d.name}: {d.sentence.rstrip('.')}" for d in reshare_all(ingested, settings)]
+    except RecsysError as e: return [f"the shares of bandits stay as they were: {e}"]
+
 def cycle(settings: Settings, date: str = "", allow_regression: bool = False, say=lambda kind, step, said: None) -> dict:
     "Run all steps up to `date`, write run.json and the index, give the account. Raises what a step, or the gate, raised."
     from recsys.operations.index import write_index
@@ -111,7 +124,9 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
         if step.name == "publish": check_hold(folders["decide"], settings, ("quality",) if allow_regression else ())
     checks = dict(evaluate=lambda f: still_labelled(f, settings.data_dir), decide=lambda f: still_decided(f, settings), publish=lambda f: still_judged(f, settings, allow_regression))
     def in_force(step, folder): return step.name not in checks or checks[step.name](folder)
-    def after(records): released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression))
+    def after(records):
+        released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression))
+        if not date: released.extend(_reshared(settings, records["ingest"]["folder"]))
     try: run(settings, date, records, say, gate, in_force, after)
     except Exception as e: error = e
     if not records and error: raise error
@@ -126,6 +141,7 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
                              seconds=round(time.time() - clock, 1), peak_rss_mb=max([s["peak_rss_mb"] or 0 for s in steps] or [0]), steps=steps)
     account["headline"]["sentence"] = " ".join(filter(None, (account["headline"]["sentence"], *(f"{r[0].upper()}{r[1:]}." for r in released), what_changed(account, before, metric))))
     write_json(settings.reports_dir/"runs"/label/"run.json", account)
+    _tell_gate(settings, error, label)
     write_index(settings.reports_dir, settings.data_dir)
     if error: raise error
     return account
