@@ -96,6 +96,8 @@ def test_the_service_traces_what_it_gave_and_logs_nothing_of_it(shop):
     with serving(shop) as (_, port):
         given = post("/v1/recommend", dict(user_id="u3", cart=["i4"], n=6), **{"x-request-id": "list-1"})[2]
         kept = lambda: b"".join(p.read_bytes() for p in sorted((shop/"data/served").rglob("*.jsonl")))
+        end = time.monotonic() + 10
+        while post("/v1/explain/list-1", {})[0] == 404: assert time.monotonic() < end; time.sleep(.05)
         status, _, said = post("/v1/explain/list-1", {})
         before = kept()
         assert status == 200 and [i["item_id"] for i in said["items"]] == said["given"] == [i["item_id"] for i in given["items"]] and said["items"][0]["moved"]

@@ -482,10 +482,7 @@ async def explain_later(service: Service, request_id: str) -> Answer:
 async def what_if(service: Service, request_id: str, what: WhatIf) -> Trace:
     "The answer to `POST /v1/explain`."
     service.pressure.level(None)
-    try: engine, question, level, given = await asyncio.to_thread(explain, service, request_id)
-    except Refused: # a list of this moment is in the log a fifth of a second later
-        await asyncio.sleep(.3)
-        engine, question, level, given = await asyncio.to_thread(explain, service, request_id)
+    engine, question, level, given = await asyncio.to_thread(explain, service, request_id)
     said, x = trace(engine, changed(question, what), request_id, level)
     said.given = given
     async with service.explaining: return await asyncio.to_thread(explained, said, engine.ranker, x)
