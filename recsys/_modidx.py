@@ -3274,6 +3274,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'recsys/operations/cycle.py'),
                                          'recsys.operations.cycle._headline': ( '9_operations/cycle.html#_headline',
                                                                                 'recsys/operations/cycle.py'),
+                                         'recsys.operations.cycle._not_ahead': ( '9_operations/cycle.html#_not_ahead',
+                                                                                 'recsys/operations/cycle.py'),
                                          'recsys.operations.cycle._reshared': ( '9_operations/cycle.html#_reshared',
                                                                                 'recsys/operations/cycle.py'),
                                          'recsys.operations.cycle._tell_gate': ( '9_operations/cycle.html#_tell_gate',

@@ -9,9 +9,9 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from recsys.core.files import write_json
 from recsys.evaluation.labels import add_label, labels_digest, read_labels
-from recsys.operations.act import decide_failure, decide_on, decisions_file, drift_findings, person_falls_back, run_findings
+from recsys.operations.act import Held, check_hold, decide_failure, decide_on, decisions_file, drift_findings, person_falls_back, run_findings
 from recsys.operations.alerts import answer, listing
-from recsys.operations.decisions import Finding, read_decisions
+from recsys.operations.decisions import Decision, Finding, read_decisions
 from recsys.serving.fallback import read_fallback, set_fallback
 from shop import ROOT, recsys, settings_text
 from test_alerts import DAY, T, shop
@@ -68,6 +68,24 @@ def test_deeds_that_were_cut_short_are_done_by_the_next_try(tmp_path):
     d = on(s, 0, BROKEN)
     set_fallback(s.data_dir, None); (s.data_dir/"alerts.jsonl").unlink()
     assert on(s, 0, BROKEN) == d and read_fallback(s.data_dir).level == 2 and len(listing(s, now=T)) == 1 and len(read_decisions(decisions_file(s))) == 1
+
+def test_a_decision_found_again_does_not_undo_what_was_decided_since(tmp_path):
+    s = shop(tmp_path)
+    on(s, 0); decide_failure(s, "drift", "the kernel died", day(0), day(0), T)
+    decide_on(s, [msgspec.structs.replace(BROKEN, day=day(0))], day(0), ["the repeat"], T, False)
+    assert read_fallback(s.data_dir).level == 2
+    on(s, 0)                                                              # the same as the first of the day
+    decide_failure(s, "drift", "the kernel died", day(0), day(0), T)      # the same as the second
+    assert read_fallback(s.data_dir).level == 2 and read_decisions(decisions_file(s))[-1].fallback == 2
+
+def test_publication_waits_too_when_it_is_asked_because_a_budget_is_used_up(tmp_path):
+    s = shop(tmp_path)
+    d = Decision(day(0), "ask", "asks, since the budget of retrainings is used up", calls={"concept:click": "retrain"}, findings=[msgspec.structs.replace(SLOW, severity="critical")])
+    write_json(tmp_path/"decide.json", dict(decision=msgspec.to_builtins(d), names=[]))
+    with pytest.raises(Held, match="nothing is published") as e: check_hold(tmp_path, s)
+    assert "``" not in str(e.value) and e.value.exit_code == 2
+    on(s, 3)
+    check_hold(tmp_path, s)                                               # a past day: nobody could answer, and nothing newer is replaced
 
 # ---- readers never fail on what a report may hold, and say the same for the same
 

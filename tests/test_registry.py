@@ -122,7 +122,8 @@ def killed(tmp_path, kills):
         last = found[-1]
         assert on_trial(s) == (last.version if last.stage != "all" else None)
         assert now_serving(s) == (last.version if last.stage == "all" else last.before)
-        assert finish(s) is None and len(found) > n
+        assert finish(s) is None
+    assert len(found) > 2, "it was killed while it worked"
 
 def test_a_killed_command_is_finished_by_the_next(tmp_path): killed(tmp_path, 8)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import msgspec
 
 from ..core.files import digest, read_json, write_json
-from ..core.jobs import folder_of
 from ..core.settings import RecsysError, Settings, as_dict
 from ..monitoring.attribution import collapses
 from .alerts import Alert, Case, answer, close_gone, deliver, listing, raise_alert, read_cases, who, words
@@ -149,9 +148,11 @@ def decisions_file(settings: Settings) -> Path: return settings.data_dir/"decisi
 
 def do(settings: Settings, d: Decision, whole: bool = True, now: datetime | None = None) -> list[Case]:
     "Let the service and people know of a decision, unless there are decisions of later days; the cases. `whole`: all was looked at, so what is not among the findings has gone."
-    if any(e.day[:10] > d.day[:10] for e in read_decisions(decisions_file(settings))): return []
-    before, level = read_fallback(settings.data_dir), d.fallback or None
-    if (before.level if before else None) != level: set_fallback(settings.data_dir, level, d.because, d.by)
+    history = read_decisions(decisions_file(settings))
+    if any(e.day[:10] > d.day[:10] for e in history): return []
+    last = history[-1] if history else d # a decision that is found again in the log does not undo what was decided since
+    before, level = read_fallback(settings.data_dir), last.fallback or None
+    if (before.level if before else None) != level: set_fallback(settings.data_dir, level, last.because, last.by)
     cases = [raise_alert(settings, alert_of(f, d), now) for f in d.findings if f.severity != "info"]
     if whole: close_gone(settings, "decisions", {c.alert.key for c in cases}, now)
     deliver(settings, now)
@@ -188,15 +189,16 @@ def still_decided(folder: str | Path, settings: Settings, now: datetime | None =
 # %% ../../nbs/9_operations/27_act.ipynb #3b5cca6d
 class Held(RecsysError):
     "Publication waits for a person, or for sound inputs."
-    exit_code = 4
+    exit_code = 2
 
 def check_hold(folder: str | Path, settings: Settings, forgiven: tuple[str, ...] = ()):
     "Raise `Held` if the decision in a folder holds the publication; for nothing but findings of `forgiven` kinds it does not."
     d = decision_in(folder)
-    keys = {k for k, a in d.calls.items() if a in ("ask", "fall_back")} | {f.key for f in unsound(d.findings)}
-    if not d.holds or all(k.partition(":")[0] in forgiven for k in keys): return
+    keys = {k for k, a in d.calls.items() if a in ("ask", "fall_back")} | {f.key for f in unsound(d.findings)} or {*d.calls} # asked because a budget is used up
+    if not d.holds or keys and all(k.partition(":")[0] in forgiven for k in keys): return
+    if any(e.day[:10] > d.day[:10] for e in read_decisions(decisions_file(settings))): return # a past day, which nobody is told of
     ids = sorted(c.id for c in read_cases(settings).values() if not c.closed and c.alert.key in keys)
-    raise Held(f"nothing is published: {d.because}", "decide", "repair it, or `" + "`, `".join(f"recsys approve {i}" for i in ids[:3]) + "` and run again")
+    raise Held(f"nothing is published: {d.because}", "decide", "repair it" + "".join(f", or `recsys approve {i}`" for i in ids[:3]) + " and run again")
 
 # %% ../../nbs/9_operations/27_act.ipynb #a44238a9
 def decide_failure(settings: Settings, step: str, why: str, day: str, label: str, now: datetime | None = None) -> Decision:
@@ -206,8 +208,7 @@ def decide_failure(settings: Settings, step: str, why: str, day: str, label: str
 # %% ../../nbs/9_operations/27_act.ipynb #a90ffcd8
 def shop_day(settings: Settings) -> str:
     "The day up to which the shop's data are known; of a shop without any, today."
-    try: return moment_day(folder_of("ingest", "", settings))
-    except RecsysError: return date.today().isoformat()
+    return max((moment_day(p.parent) for p in settings.data_dir.glob("steps/ingest-*/ingest.json")), default=date.today().isoformat())
 
 # %% ../../nbs/9_operations/27_act.ipynb #2094fad9
 def person_falls_back(settings: Settings, level: int | None, why: str, by: str, now: datetime | None = None) -> str:

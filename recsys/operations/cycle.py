@@ -95,6 +95,11 @@ def parse_date(text: str) -> str:
     try: return text and Date.fromisoformat(text).isoformat()
     except ValueError: raise RecsysError(f"'{text}' is not a day", "--date", "write it as 2017-12-24") from None
 
+def _not_ahead(date: str) -> str:
+    "`date`, unless it is so far ahead that the decisions of the days until then would count as old."
+    if date > (datetime.now(timezone.utc) + timedelta(days=1)).date().isoformat(): raise RecsysError(f"{date} lies in the future", "--date", "write a day up to tomorrow, or leave it out")
+    return date
+
 def _failed(settings: Settings, records: dict, error: Exception, date: str) -> dict:
     "The decision about a step that failed, the last of `records`; empty if it cannot even be written down: the error itself is what matters then."
     day = date or shop_day(settings)
@@ -114,10 +119,10 @@ def _reshared(settings: Settings, ingested: str | Path) -> list[str]:
     try: return [f"bandit {d.name}: {d.sentence.rstrip('.')}" for d in reshare_all(ingested, settings)]
     except RecsysError as e: return [f"the shares of bandits stay as they were: {e}"]
 
-def cycle(settings: Settings, date: str = "", allow_regression: bool = False, say=lambda kind, step, said: None) -> dict:
-    "Run all steps up to `date`, write run.json and the index, give the account. Raises what a step, or the gate, raised."
+def cycle(settings: Settings, date: str = "", allow_regression: bool = False, say=lambda kind, step, said: None, late: bool = False) -> dict:
+    "Run all steps up to `date`, write run.json and the index, give the account. Raises what a step, or the gate, raised. `late`: one of many past days, whose version never replaces a newer one."
     from recsys.operations.index import write_index
-    date, started, clock, records, released, error = parse_date(date), datetime.now(timezone.utc), time.time(), {}, [], None
+    date, started, clock, records, released, error = _not_ahead(parse_date(date)), datetime.now(timezone.utc), time.time(), {}, [], None
     metric = f"ndcg@{settings.evaluation.cutoffs[0]}"
     def gate(step, folders):
         if step.name == "publish" and not allow_regression: check_gate(read_json(folders["evaluate"]/"evaluation.json"), metric, settings.evaluation.min_cases)
@@ -125,16 +130,16 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     checks = dict(evaluate=lambda f: still_labelled(f, settings.data_dir), decide=lambda f: still_decided(f, settings), publish=lambda f: still_judged(f, settings, allow_regression))
     def in_force(step, folder): return step.name not in checks or checks[step.name](folder)
     def after(records):
-        released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression))
-        if not date: released.extend(_reshared(settings, records["ingest"]["folder"]))
+        released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression and not late))
     try: run(settings, date, records, say, gate, in_force, after)
     except Exception as e: error = e
     if not records and error: raise error
+    if not date and "folder" in records.get("ingest", {}): released.extend(_reshared(settings, records["ingest"]["folder"]))
     figures = _figures(records)
-    if error and "decision" not in figures: figures |= _failed(settings, records, error, date)
+    if error and ("decision" not in figures or not isinstance(error, (Held, Regression, Refused))): figures |= _failed(settings, records, error, date)
     lost = "metrics" in figures and any(figures["against"][q][figures["best_baseline"][q]]["low"] <= 0 for q in figures["metrics"])
     before = run_before(settings.reports_dir, started.isoformat(timespec="seconds"))
-    status = "refused" if isinstance(error, Refused) else "regression" if lost and (not error or isinstance(error, Regression)) else "held" if isinstance(error, Held) else "failed" if error else "ok"
+    status = "refused" if isinstance(error, Refused) else "regression" if isinstance(error, Regression) or lost and not error else "held" if isinstance(error, Held) else "failed" if error else "ok"
     label = date or (read_json(Path(records["ingest"]["folder"])/"ingest.json")["moment"][:10] if "folder" in records.get("ingest", {}) else "latest")
     steps = [{k: r.get(k) for k in ("name", "status", "seconds", "peak_rss_mb", "page")} for r in records.values()]
     account = figures | dict(date=label, status=status, headline=_headline(status, figures, metric, error), started=started.isoformat(timespec="seconds"),
@@ -155,17 +160,18 @@ def days_of(first: str, last: str) -> list[str]:
 
 def is_done(settings: Settings, day: str, source: str) -> bool:
     "Has the run of a day ended, with the data, code and settings of now?"
-    try: said = read_json(settings.reports_dir/"runs"/day/"manifest.json")
-    except RecsysError: return False
-    return said["whole"] and {n: s["fingerprint"] for n, s in said["steps"].items()} == fingerprints(settings, day, source)
+    try:
+        said = read_json(settings.reports_dir/"runs"/day/"manifest.json")
+        return said["whole"] and {n: s["fingerprint"] for n, s in said["steps"].items()} == fingerprints(settings, day, source)
+    except RecsysError: return False # there is no manifest, or the result that it tells of was cleared up
 
 def backfill(settings: Settings, first: str, last: str, allow_regression: bool = False, say=lambda kind, step, said: None, on_day=lambda day, said: None) -> dict[str, str]:
-    "Run each day that is not done: its status by day, ok, regression, refused or skipped. Raises what stopped it."
+    "Run each day that is not done: its status by day, ok, held, regression, refused or skipped. Raises what stopped it."
     from recsys.data.ingest import source_digest
     said = {}
     for day in days_of(first, last):
         with run_lock(settings.data_dir): source = source_digest(settings.data.dataset, Path(settings.file).parent, settings.data_dir)
         if is_done(settings, day, source): said[day] = "skipped"; on_day(day, "skipped, done already"); continue
-        try: cycle(settings, day, allow_regression, say); said[day] = "ok"; on_day(day, "ok")
-        except (Regression, Refused) as e: said[day] = "regression" if isinstance(e, Regression) else "refused"; on_day(day, str(e))
+        try: cycle(settings, day, allow_regression, say, late=True); said[day] = "ok"; on_day(day, "ok")
+        except (Held, Regression, Refused) as e: said[day] = type(e).__name__.lower(); on_day(day, str(e))
     return said

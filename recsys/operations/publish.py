@@ -94,8 +94,9 @@ def release(step_folder: Path, settings: Settings, why: str, anyway: bool = Fals
     "Promote the version of a publish step if it may be; what was done, in words. `Refused` if the gate says no."
     gate, now = read_gate(step_folder), serving(settings)
     version, gone = gate.challenger, withdrawn(releases(settings))
-    if version == now and not on_trial(settings): return f"version {version} serves"
-    if version in gone and not anyway: return f"version {version} was rolled back ({gone[version]}) and stays so; `recsys promote` would bring it back"
+    if version == now: return f"version {version} serves" # whatever is on trial beside it: that is the operator's
+    if version == on_trial(settings): return f"version {version} is on trial"
+    if version in gone: return f"version {version} was rolled back ({gone[version]}) and stays so; `recsys promote` would bring it back"
     if anyway or now is None or gate.verdict == "same":
         promote(settings, version, "all", f"{why}: {'whatever the gate says' if anyway else gate.sentence}", anyway=anyway)
         return f"version {version} serves from now on"

@@ -268,8 +268,10 @@ def package_digest() -> str: return digest(*(file_digest(p) for p in sorted(pack
 
 def fingerprints(settings: Settings, date: str, source: str, steps: tuple[Step, ...] = STEPS) -> dict[str, str]:
     "Of all steps of the run up to `date`, without running any."
-    done = {}
-    for step in steps: done[step.name] = plan(step, settings, date, source, done)
+    done, folders = {}, {}
+    for step in steps:
+        done[step.name] = plan(step, settings, date, source, done, folders)
+        folders[step.name] = steps_folder(settings)/f"{step.name}-{done[step.name]}"
     return done
 
 def write_manifest(pages: Path, settings: Settings, date: str, source: str, started: float, done: dict[str, str], records: dict[str, dict], steps: tuple[Step, ...]):
@@ -313,9 +315,9 @@ def run(settings: Settings, date: str = "", records: dict | None = None, say=lam
                 say("end", step, records[step.name])
             after(records)
         finally:
-            if records: write_manifest(settings.reports_dir/"runs"/label, settings, date, source, started, done, records, steps)
-        sweep(steps_folder(settings)) # the kernel of a killed run lives a moment longer, and may have written into what was swept
-        prune(settings); prune_pages(settings)
+            if records and len(steps) == len(STEPS): write_manifest(settings.reports_dir/"runs"/label, settings, date, source, started, done, records, steps) # an ingest alone is no run of the day
+            sweep(steps_folder(settings)) # the kernel of a killed run lives a moment longer, and may have written into what was swept
+            prune(settings); prune_pages(settings) # also of a run that was held or refused: it may be so for weeks
     return records
 
 # %% ../../nbs/9_operations/04_runner.ipynb #fa020177
