@@ -50,7 +50,9 @@ def test_a_forgotten_person_is_in_no_later_ingest(shop):
     folder = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
     seen = lambda f: pl.read_parquet(f/"events/**/*.parquet")["user_id"].drop_nulls()
     assert (seen(folder) == "c7").any()
+    ok(recsys(shop, "label", "item", "c7", "A-100", "good")); assert b"c7" in (shop/"data/labels.jsonl").read_bytes()
     ok(recsys(shop, "forget", "c7"))
+    assert (shop/"data/labels.jsonl").read_bytes() == b""
     ok(recsys(shop, "ingest"))
     newest = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
     assert newest != folder and not (seen(newest) == "c7").any() and len(seen(newest)) > 1000

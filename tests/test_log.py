@@ -20,6 +20,7 @@ from recsys.data.identity import Forgotten
 from recsys.data.ingest import ingest, source_digest
 from recsys.data.log import EventLog, forget_in_log, roll_log, rolled_files, tail_log
 from recsys.data.shown import Shown, out_of_shown, served_records
+from recsys.evaluation.labels import add_label, labels_file, read_labels
 from shop import START, events, make_shop, recsys
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=timezone.utc)
@@ -451,6 +452,25 @@ def test_the_visitors_of_the_last_ingest_are_forgotten_too_and_without_a_log_onl
     log.submit([view("a", "old-laptop"), view("b", "other")], T).result(); log.roll()
     assert log.forget(["ann"], tmp_path/"links.parquet") == 1 and in_files(tmp_path) == ["b"]
     log.close()
+
+def test_what_was_said_of_products_for_somebody_goes_with_them_with_a_log_and_without(tmp_path):
+    pl.DataFrame(dict(visitor_id=["old-laptop"], user_id=["ann"])).write_parquet(tmp_path/"links.parquet")
+    def label(): # of Ann, of her laptop, of who is no user but an item, and half a line, as a kill leaves it
+        for user, item in (("ann", "tea"), ("bob", "ann"), ("old-laptop", "tea"), ("ann", "kettle"), ("bob", "tea")): add_label(tmp_path, user, item, True)
+        with labels_file(tmp_path).open("a") as f: f.write('{"user":"ann","it')
+    for forget in (lambda: forget_in_log(tmp_path, ["ann"], tmp_path/"links.parquet"), lambda: EventLog(tmp_path).forget(["ann"], tmp_path/"links.parquet")):
+        label(); forget()
+        assert [(l.user, l.item) for l in read_labels(tmp_path)] == [("bob", "ann"), ("bob", "tea")] and b'"user":"ann"' not in labels_file(tmp_path).read_bytes()
+    labels_file(tmp_path).write_text('{"user":"ann",\n{"user":"zoë",\n[1]\n')
+    forget_in_log(tmp_path, ["ann", "zoë"]); assert labels_file(tmp_path).read_text() == "[1]\n"
+
+def test_a_label_that_waits_while_somebody_is_forgotten_is_kept(tmp_path):
+    for n in range(400): add_label(tmp_path, "ann" if n % 2 else "bob", f"i{n}", True)
+    said = threading.Thread(target=lambda: [add_label(tmp_path, "carl", f"i{n}", True) for n in range(200)])
+    said.start()
+    for n in range(20): add_label(tmp_path, "ann", "tea", True); forget_in_log(tmp_path, ["ann"])
+    said.join()
+    assert Counter(l.user for l in read_labels(tmp_path)) == dict(bob=200, carl=200)
 
 # ---- what was shown
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['full_disk_is_clear', 'atomic_file', 'atomic_dir', 'sweep', 'write_json', 'read_json', 'digest', 'file_digest',
-           'read_journal', 'journal', 'code_files', 'code_digest']
+           'read_journal', 'journal', 'strike_out', 'code_files', 'code_digest']
 
 # %% ../../nbs/0_core/02_files.ipynb #4fcd300b
 import ast, errno, fcntl, hashlib, json, os, shutil, tempfile
@@ -107,20 +107,38 @@ def read_journal(path: str | Path) -> list[bytes]:
     except FileNotFoundError: return []
     return data[:data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
+def _locked(path: Path):
+    "The journal, open and locked: the file of this name, not one that was replaced while we waited."
+    while True:
+        f = path.open("a+b")
+        fcntl.flock(f, fcntl.LOCK_EX)
+        if path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()): return f
+        f.close()
+
 @contextmanager
 def journal(path: str | Path):
     "Hold a journal: gives its lines, and a function that adds one, which is on the disk when the function returns."
     path = Path(path)
     with full_disk_is_clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        with _locked(path) as f:
             lines = read_journal(path)
             f.truncate(sum(len(l) + 1 for l in lines))
             def add(line: bytes):
                 assert b"\n" not in line, "a record is one line"
                 f.write(line + b"\n"); f.flush(); os.fsync(f.fileno()); lines.append(line)
             yield lines, add
+
+# %% ../../nbs/0_core/02_files.ipynb #6163f657
+def strike_out(path: str | Path, gone) -> int: # gone: line → is it to go?
+    "Remove lines from a journal; how many."
+    path = Path(path)
+    if not path.exists(): return 0
+    with journal(path) as (lines, _):
+        kept = [l for l in lines if not gone(l)]
+        if len(kept) < len(lines):
+            with atomic_file(path) as tmp: tmp.write_bytes(b"".join(l + b"\n" for l in kept))
+    return len(lines) - len(kept)
 
 # %% ../../nbs/0_core/02_files.ipynb #77fe0cae
 def _imports(source: str, module: tuple[str, ...] = ()) -> set[str]:

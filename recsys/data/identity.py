@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..core.files import atomic_file, full_disk_is_clear, read_json, write_json
+from ..core.files import atomic_file, full_disk_is_clear, read_json, strike_out, write_json
 from ..core.settings import RecsysError
 from .events import KNOWN, UTC, filled, utc
 
@@ -123,11 +123,16 @@ def _key(folder: Path) -> bytes:
 def _hash(key: bytes, id: str) -> str: return hashlib.blake2b(id.encode(), key=key, digest_size=16).hexdigest()
 
 # %% ../../nbs/1_data/11_identity.ipynb #ad127df1
+def _labelled(line: bytes, ids: set[str]) -> bool:
+    "Is a line of labels about one of these people? A broken one is, if it has the id in it."
+    try: return json.loads(line).get("user") in ids
+    except (ValueError, AttributeError): return any(json.dumps(i, ensure_ascii=False).encode() in line for i in ids)
+
 def forget(data_dir: str | Path, # where the list lies
            ids: list[str],       # of users or visitors
            links: str | Path | None = None, # links.parquet of the last ingest: their visitors too
            ) -> int:             # how many of them are new on the list
-    "Remember durably that nothing may be learnt from these ids again."
+    "Remember durably that nothing may be learnt from these ids again, and drop what was said of products for them."
     folder, ids = Path(data_dir), {str(i) for i in ids}
     if links and Path(links).exists():
         mine = pl.scan_parquet(links).filter(pl.col("user_id").is_in(sorted(ids))).select("visitor_id").unique().collect()
@@ -137,6 +142,7 @@ def forget(data_dir: str | Path, # where the list lies
         before = set(read_json(path)) if path.exists() else set()
         after = before | {_hash(key, i) for i in ids}
         if after != before: write_json(path, sorted(after))
+    strike_out(folder/"labels.jsonl", lambda line: _labelled(line, ids))
     return len(after) - len(before)
 
 # %% ../../nbs/1_data/11_identity.ipynb #00442410
