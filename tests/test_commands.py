@@ -57,7 +57,7 @@ def test_a_forgotten_person_is_in_no_later_ingest(shop):
     newest = max((shop/"data/steps").glob("ingest-*"), key=lambda p: p.stat().st_mtime)
     assert newest != folder and not (seen(newest) == "c7").any() and len(seen(newest)) > 1000
     assert not [p for p in newest.rglob("*") if p.is_file() and b"c7\"" in p.read_bytes()]
-    assert b"c7" not in (shop/"data/forgotten.json").read_bytes()
+    assert b'"c7"' not in (shop/"data/forgotten.json").read_bytes() # in a hash, c7 stands by chance
 
 @pytest.fixture(scope="module")
 def made_up(shop):
