@@ -1,11 +1,12 @@
 "The documentation site: every link leads somewhere, also into the middle of a page; every page is whole and asks nobody."
-import re
+import re, shlex
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
 from recsys.core.settings import RecsysError
+from recsys.operations.cli import parser
 from recsys.operations.docs import documents, write_docs
 from test_report import Outline
 
@@ -45,6 +46,32 @@ def test_every_kind_of_alert_is_in_the_handbook():
     decisions = pytest.importorskip("recsys.operations.decisions", reason="there are no decisions yet")
     for kind in decisions.KINDS: assert f"\n| {kind} | " in text
     for action in decisions.ACTIONS: assert re.search(rf"\n\| {action.replace('_', ' ')}\b", text), action
+
+GUIDES = [*sorted(ROOT.glob("nbs/docs/*.md")), ROOT/"CONTRIBUTING.md", ROOT/"deploy/README.md", ROOT/"README.md"]
+STANDS_FOR = {"N": "5", "DAY": "2026-03-01", "FROM": "2026-03-01", "TO": "2026-03-05"} # other words in capitals may stay: they are texts
+
+def commands(text: str, inline: bool = True) -> list[list[str]]:
+    "Arguments of each `recsys ...` in the fenced blocks of a page and in its lines."
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
+    lines = [l for b in blocks for l in b.replace("\\\n", " ").splitlines()] + (re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)) if inline else [])
+    said = [m[1] for l in lines if (m := re.match(r"(?:RECSYS_\w+=\S+ )*(?:\S*/)?recsys((?: .*)?)$", l.strip()))]
+    return [[STANDS_FOR.get(w, w) for w in shlex.split(s.removesuffix("&"), comments=True)] for s in said]
+
+def wrong(args: list[str]) -> bool:
+    try: parser().parse_args(args)
+    except (SystemExit, RecsysError) as e: return getattr(e, "code", 1) != 0
+    return False
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_command_of_a_guide_can_be_typed_as_it_stands(path):
+    "Of the README those in its blocks: in its lines it also names commands without all that they need."
+    found = [c for c in commands(path.read_text(encoding="utf-8"), path.name != "README.md" or path.parent != ROOT) if c]
+    assert [" ".join(c) for c in found if wrong(c)] == []
+    assert found or path.name in ("glossary.md", "architecture.md", "CONTRIBUTING.md")
+
+def test_commands_that_do_not_exist_are_found_in_blocks_and_in_lines():
+    text = "an alert: `recsys label ID true`, `recsys label alarm ID true`\n\n```sh\n.venv/bin/recsys serve --port 8081 &\nRECSYS_RUN_SEED=7 recsys run --once # a comment\nrecsys rules \\\n  F.toml --users N\n```\n"
+    assert [(c[0], wrong(c)) for c in commands(text)] == [("serve", False), ("run", True), ("rules", False), ("label", True), ("label", False)]
 
 def test_a_dead_link_stops_the_build_and_leaves_the_site_as_it_was(tmp_path):
     root = tmp_path/"root"
