@@ -49,6 +49,8 @@ def test_the_wheel_holds_what_a_run_needs(wheel):
     for pattern in ("nbs/jobs/*.ipynb", "nbs/benchmarks/*.ipynb", "nbs/benchmarks/*.txt", "settings.ini", "constraints.txt"):
         found = sorted(ROOT.glob(pattern))
         assert found and all(inside[f"recsys/shipped/{p.relative_to(ROOT).as_posix()}"] == p.read_bytes() for p in found), pattern
+    pages = [p for p in sorted((ROOT/"recsys/serving/pages").rglob("*")) if p.is_file()]
+    assert {p.name for p in pages} >= {"storefront.html", "why.html", "style.css"} and all(inside.get(p.relative_to(ROOT).as_posix()) == p.read_bytes() for p in pages)
     assert "recsys/py.typed" in inside
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/"recsys").rglob("*.py")}
     assert modules == {n for n in inside if n.endswith(".py")}
