@@ -51,6 +51,14 @@ def test_numbers_of_size_stand_in_one_place():
     for key in PODS:
         if key[0] == "Deployment": assert int(environment(key)["RECSYS_SERVING_WORKERS"]) <= float(sized(key)["resources"]["requests"]["cpu"])
 
+def test_memory_and_lists_a_second_follow_from_what_was_measured():
+    text = (FOLDER/"sizing.yaml").read_text(encoding="utf-8")
+    cost, worker, tables = (float(re.search(rf"^#   {n} = ([\d.]+)", text, re.M)[1]) for n in ("request_cpu_us", "rss_mb_per_worker", "tables"))
+    for name in ("recsys-lists", "recsys-events"):
+        workers, memory = int(environment(("Deployment", name))["RECSYS_SERVING_WORKERS"]), sized(("Deployment", name))["resources"]["requests"]["memory"]
+        assert 1 <= int(memory.removesuffix("Mi")) * 1.048576 / ((tables + workers * worker) * 1.2) < 1.01
+        assert f"= {workers * 1e6 / cost * .7:,.0f} lists a second" in text
+
 def test_what_selects_finds():
     labels = {k: t["metadata"]["labels"] for k, t in WORK.items()}
     for (kind, name), d in NAMED.items():
