@@ -91,7 +91,7 @@ def test_the_python_ones_import_their_scheduler_and_nothing_of_ours(name):
 def test_their_exit_codes_are_ours(name):
     said = {n.targets[0].elts[k].id: v.value for n in PYTHON[name].body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Tuple) and isinstance(n.targets[0], ast.Tuple)
             for k, v in enumerate(n.value.elts) if isinstance(v, ast.Constant) and isinstance(v.value, int)}
-    assert said == dict(REFUSED=2, BUSY=75) and {*said.values()} < ENDS.keys()
+    assert said == dict(LOOK=2, BUSY=75) and {*said.values()} < ENDS.keys()
 
 def test_the_cron_line_is_one():
     line, = [l for l in (FOLDER/"recsys.cron").read_text().splitlines() if l and l[0] != "#" and not re.match(r"\w+=", l)]

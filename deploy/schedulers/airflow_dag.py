@@ -1,4 +1,4 @@
-"The daily run as an Airflow DAG (Airflow 3): put this file into the dags folder. A run that finds another one at work is tried again later; one whose new version was refused is skipped, not failed."
+"The daily run as an Airflow DAG (Airflow 3): put this file into the dags folder. A run that finds another one at work is tried again later; one whose new version was refused or is held is skipped, not failed."
 from datetime import datetime, timedelta
 
 from airflow.providers.standard.operators.bash import BashOperator

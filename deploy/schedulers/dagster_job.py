@@ -4,14 +4,14 @@ import subprocess
 from dagster import Definitions, Failure, OpExecutionContext, RetryRequested, ScheduleDefinition, job, op
 
 PROJECT, COMMAND = "/srv/recsys", [".venv/bin/recsys", "run"]
-REFUSED, BUSY = 2, 75
+LOOK, BUSY = 2, 75
 
 @op
 def run(context: OpExecutionContext) -> int:
     with subprocess.Popen(COMMAND, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         for line in p.stdout: context.log.info(line.rstrip())
     if p.returncode == BUSY: raise RetryRequested(max_retries=2, seconds_to_wait=1800)
-    if p.returncode == REFUSED: context.log.warning("the gate refused the new version: the one before goes on serving")
+    if p.returncode == LOOK: context.log.warning("somebody should look: nothing new was published, the version before goes on serving; the line above says why")
     elif p.returncode: raise Failure(f"recsys run ended with exit code {p.returncode}; the line above says why")
     return p.returncode
 

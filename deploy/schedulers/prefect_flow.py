@@ -4,7 +4,7 @@ import subprocess
 from prefect import flow, get_run_logger, task
 
 PROJECT, COMMAND = "/srv/recsys", [".venv/bin/recsys", "run"]
-REFUSED, BUSY = 2, 75
+LOOK, BUSY = 2, 75
 
 class Busy(Exception): "Another run is at work."
 
@@ -14,7 +14,7 @@ def run():
     with subprocess.Popen(COMMAND, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         for line in p.stdout: log.info(line.rstrip())
     if p.returncode == BUSY: raise Busy("another run is at work")
-    if p.returncode == REFUSED: log.warning("the gate refused the new version: the one before goes on serving")
+    if p.returncode == LOOK: log.warning("somebody should look: nothing new was published, the version before goes on serving; the line above says why")
     elif p.returncode: raise RuntimeError(f"recsys run ended with exit code {p.returncode}; the line above says why")
     return p.returncode
 
