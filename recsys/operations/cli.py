@@ -580,7 +580,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("folder", metavar="FOLDER", help="with CSV, Parquet or JSON lines, also packed; it is only read")
     c.add_argument("--into", metavar="DIR", help="the project's folder (default: FOLDER-recsys, here)"); c.add_argument("--run", action="store_true", help="also run the cycle, up to a first list")
     c.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="what a column means, if it is not recognised, e.g. item_id=number; may be repeated"); c.add_argument("--overwrite", action="store_true", help="replace shop.toml and settings.ini of DIR")
-    c = command("run", _run, "the daily cycle: ingest, validate, features, candidates, train, evaluate, drift, publish")
+    c = command("run", _run, "the daily cycle: ingest, validate, features, candidates, train, evaluate, drift, decide, publish")
     c.add_argument("--date", default="", metavar="DAY", help="the moment: nothing on or after this day is seen (default: the end of the data)")
     c.add_argument("--backfill", nargs=2, metavar=("FROM", "TO"), help="one run for each of these days that is not done yet")
     c.add_argument("--json", metavar="FILE", help="write the run's figures")
