@@ -243,3 +243,27 @@ def test_concept_is_light_to_import():
     import subprocess, sys
     code = "import sys; import recsys.monitoring.concept; print([m for m in ('river', 'pandas', 'sklearn', 'lightgbm', 'scipy.stats') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ---- purchases of proposals, without impressions
+
+def proposals(seed: int, noise: float = .12, moments: int = 6, worse: int = 6, fall: float = 1.) -> pl.DataFrame:
+    "Proposals of two sources at several moments, whose common rate varies; from `worse` on `old` sells less, and at the newest moment all sells `fall` times as much."
+    rng, rows, n = np.random.default_rng(seed), [], 3000
+    for m in range(moments):
+        source, position = rng.choice(["old", "new"], n), np.tile(np.arange(1, 21), n // 20)
+        p = .3 / np.sqrt(position) * np.where((source == "old") & (m >= worse), .4, 1) * max(1 + noise * rng.normal(), .1) * (fall if m == moments - 1 else 1)
+        rows.append(pl.DataFrame(dict(ts=[datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(14 * m)] * n, visitor_id=np.repeat(np.arange(n // 20), 20).astype(str), position=position, source=source, outcome=(rng.random(n) < p).astype(np.int8))))
+    return pl.concat(rows)
+
+def moved_in(**how) -> list[str]: return [f["segment"] for f in co.bought_drift(proposals(**how), .05)["findings"] if f["since"]]
+
+
+def test_ups_and_downs_of_the_common_rate_are_no_concept_drift():
+    assert sum(bool(moved_in(seed=s)) for s in range(40)) <= 3
+
+
+def test_a_source_that_falls_is_found_amid_ups_and_downs_and_a_fall_of_all_where_there_are_none():
+    for s in range(4):
+        assert "source = old" in moved_in(seed=s, worse=4) and moved_in(seed=s, noise=0., fall=.6) == ["all"]
+    assert "all" not in moved_in(seed=0, moments=3, noise=0., fall=.6) # three moments say nothing of what is usual

@@ -21,7 +21,7 @@ from ..core.files import read_json
 from ..core.settings import RecsysError, Settings
 from ..data.outcomes import outcome_minutes
 from ..features.build import day_of, read_moments
-from .drift import draws
+from .drift import draws, natural_limit
 from .lists import ranked_places, recent_lists, served_places
 from .statistics import bucket_of
 from ..ranking.calibration import probability_of
@@ -318,16 +318,30 @@ def followed(places: pl.DataFrame,  # columns PLACES; visitor_id is the user's c
     return rows.sort("row").with_columns(outcome=within.fill_null(False).cast(pl.Int8)).drop("row", "bought")
 
 # %% ../../nbs/7_monitoring/09_concept.ipynb #9cc78772
+def _newest(x: pl.DataFrame, moments: pl.Series) -> dict:
+    "The finding about all: is the newest moment's ratio beyond the natural limits that those before show?"
+    logs = [float(np.log(max(_ratio(x.filter(pl.col("ts") == m)) or 0, 1e-9))) for m in moments]
+    past, now, out = logs[:-1], logs[-1], dict(segment="all", impressions=len(x), since=None, seen=None, before=None, after=None, skill=skill(x))
+    if len(past) < 3 or -natural_limit([-v for v in past]) <= now <= natural_limit(past): return out
+    return out | dict(since=moments[-1].isoformat(), seen=moments[-1].isoformat(), before=_ratio(x.filter(pl.col("ts") < moments[-1])), after=_ratio(x.filter(pl.col("ts") == moments[-1])))
+
+# %% ../../nbs/7_monitoring/09_concept.ipynb #b4a32919
 def bought_drift(rows: pl.DataFrame, budget: float, seed: int = 0) -> dict | None: # of `followed`: ts, visitor_id, position, source, outcome
-    "`concept_drift` of proposals and purchases, by source; None with fewer than three moments, or nothing bought."
+    "`concept_drift` of proposals and purchases: sources at the overall rate of each moment, and all at the newest one; None with fewer than three moments, or nothing bought."
     moments = rows["ts"].unique().sort()
     if len(moments) < 3 or not (old := rows.filter(pl.col("ts") < moments[-1]))["outcome"].sum(): return None
     worth = old.group_by("source").agg(score=pl.col("outcome").mean())
     x = rows.join(worth, on="source", how="left", nulls_equal=True, maintain_order="left").with_columns(pl.col("score").fill_null(old["outcome"].mean()), complete=pl.lit(True))
     model = fit_expected(*(x.filter(pl.col("ts") < moments[-1])[c].to_numpy() for c in ("score", "position", "outcome")))
     x = x.with_columns(probability=pl.Series(expected(model, x["score"].to_numpy(), x["position"].to_numpy())))
-    found = concept_drift(x, ["source"], budget, seed=seed, before="the rates of the moment before")
-    return found | dict(sentence=f"Without impressions, by what was bought of the proposals at {len(moments)} past moments: {found['sentence'][0].lower()}{found['sentence'][1:]}")
+    relative = x.with_columns(probability=(pl.col("probability") * pl.col("outcome").sum().over("ts") / pl.col("probability").sum().over("ts")).clip(0, 1))
+    found, before = concept_drift(relative, ["source"], budget, seed=seed), "the rates of the moment before"
+    if not found["findings"]: return found
+    named = lambda segment: x.filter(pl.col("source").cast(pl.String).fill_null("None") == segment.removeprefix("source = "))
+    parts = [f | dict(skill=skill(named(f["segment"]))) for f in found["findings"] if f["segment"] != "all"] # skill by what could be known before
+    findings = sorted([_newest(x, moments), *parts], key=lambda f: f["since"] is None)
+    said = _said([f for f in findings if f["since"]], findings, x, before)
+    return found | dict(findings=findings, sentence=f"Without impressions, by what was bought of the proposals at {len(moments)} past moments, each source beside the rate of all at that moment: {said[0].lower()}{said[1:]}")
 
 # %% ../../nbs/7_monitoring/09_concept.ipynb #39b693d3
 def bought_run(features: str | Path, candidates: str | Path, trained: str | Path, settings: Settings, most: int = 1000) -> list[dict]:
