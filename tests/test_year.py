@@ -165,6 +165,32 @@ def test_a_shock_is_found_by_its_own_sign_only_and_judged_by_what_follows():
     assert (fate["found"], fate["delay_days"], fate["decision"], fate["right"]) == (True, 1, "ask", True)
 
 
+def test_a_false_alarm_on_the_morning_of_a_shock_finds_nothing():
+    "That morning looked at the day before. The feed is looked at as it is delivered."
+    for kind, sign in bl.SIGNS.items():
+        what, _, where = sign.partition(":")
+        on_day, next_day = (bl.fate_of(bl.Shock(kind, 10, 2, 1.), year_of(60, [(n, what, where)])) for n in (10, 11))
+        assert on_day["found"] == (kind == "feed") and next_day["found"] and next_day["delay_days"] == 1
+
+
+def test_contained_means_that_answers_changed():
+    def fate(kind, **of_days):
+        y = year_of(60, [(11, *bl.SIGNS[kind].split(":"))])
+        for n, more in of_days.items(): y["days"][int(n[1:])] |= more
+        return bl.fate_of(bl.Shock(kind, 10, 3, 1.), y)["contained"]
+    assert fate("feed") is False and fate("feed", d11=dict(degraded=9)) is False and fate("feed", d11=dict(degraded=10)) is True
+    assert fate("model", d11=dict(first_versions=["v", "w-bad"])) is False and fate("model", d11=dict(first_versions=["w-bad"], degraded=10)) is True
+    assert fate("model", d11=dict(version="w-bad", first_versions=["v"])) is True                       # the majority of the day does not matter
+    assert fate("model", d11=dict(version="w-bad")) is True and fate("model", d12=dict(version="w-bad")) is False # an account without the hour
+    assert fate("outage") is None
+
+
+@pytest.mark.parametrize("low, high, kept", [(.96, .99, True), (.95, .96, True), (.93, .98, None), (.90, .94, False)])
+def test_a_promise_is_kept_only_by_its_whole_interval(low, high, kept):
+    f = bl.whole(dict(loop=year_of(60)), yr.Plan(days=60), bl.script_of(60)) | dict(revenue_vs_daily=.97, revenue_vs_daily_interval=[low, high], revenue_vs_daily_days=60)
+    assert next(p for p in bl.promised(f) if "with hindsight" in p["promise"])["kept"] is kept
+
+
 def test_actions_on_quiet_days_are_false_and_those_near_a_shock_are_not():
     s = bl.Shock("bots", 10, 2, 12.)
     y = year_of(60, (), [(9, "retrain"), (10, "ask"), (12 + bl.AFTER, "retrain"), (13 + bl.AFTER, "refresh"), (40, "nothing")])
@@ -217,6 +243,7 @@ def test_a_short_year_before_the_real_service(project, tmp_path):
     assert [r.version.endswith("-bad") for r in releases(s)][-1] and y["days"][-1]["version"].endswith("-bad")
     fell = next(a["day"] for a in y["actions"] if a["what"] == "fallback")
     assert y["days"][fell]["degraded"] >= .95 * y["days"][fell]["lists"] and y["days"][0]["degraded"] == 0
+    assert all(len(d["first_versions"]) >= 1 for d in y["days"]) and y["days"][-1]["first_versions"][-1].endswith("-bad")
     said = bl.whole(dict(loop=y, oracle=bl.run_year("oracle", TINY, project, tmp_path/"oracle", script)), TINY, script) | dict(measured="2024-01-01T00:00:00+00:00", seconds=1.)
     write_json(tmp_path/"f.json", said)
     page = bench_page("loop", project, [tmp_path/"f.json"]).read_text()
