@@ -9,7 +9,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from recsys.core.files import write_json
 from recsys.evaluation.labels import add_label, labels_digest, read_labels
-from recsys.operations.act import Held, check_hold, decide_failure, decide_on, decisions_file, drift_findings, person_falls_back, run_findings
+from recsys.operations.act import Held, check_hold, decide_failure, decide_on, decisions_file, drift_findings, experiment_findings, person_falls_back, run_findings
 from recsys.operations.alerts import answer, listing
 from recsys.operations.decisions import Decision, Finding, read_decisions
 from recsys.serving.fallback import read_fallback, set_fallback
@@ -189,3 +189,21 @@ def test_the_switch_and_the_labels_from_the_terminal(project):
     for args, said in ((("approve", "zz"), "no such alert"), (("fallback", "2"), "--why"), (("fallback", "5", "--why", "x"), "invalid choice"), (("label", "alarm", "zz", "false"), "no such alert")):
         r = recsys(project, *args)
         assert r.returncode != 0 and said in r.stderr and len(r.stderr.splitlines()) == 1 and "Traceback" not in r.stderr, r.stderr
+
+
+def test_interleaving_and_bandits_are_heard_like_experiments(tmp_path):
+    "Of each name the newest counts; what gains, is open, is older than a week or was killed says nothing."
+    def said(run, **what): write_json(tmp_path/f"runs/{run}/out/decision.json", what)
+    at = dict(moment="2026-03-08T05:00:00+00:00")
+    said("interleaving-20260308T050000", name="lists", answer="first", sentence="the old list wins", **at)
+    said("interleaving-20260308T060000", name="open", answer="open", sentence="not yet", **at)
+    said("bandit-20260308T050000", name="rows", moved=False, sentence="the shares stay", arms=[])
+    said("bandit-20260308T050001", name="tiles", moved=False, sentence="the shares stay", arms=[])
+    said("bandit-20260308T070000", name="tiles", moved=True, sentence="a is best", arms=[])
+    said("bandit-20260201T050000", name="old", moved=False, sentence="the shares stay", arms=[])
+    said("experiment-20260308T050000", name="page", answer="worse", sentence="it loses", **at)
+    (tmp_path/"runs/bandit-20260308T080000/out").mkdir(parents=True); (tmp_path/"runs/bandit-20260308T080000/out/decision.json").write_text("{")
+    found = experiment_findings(tmp_path, "2026-03-09")
+    assert [(f.kind, f.where, f.severity, f.evidence) for f in found] == [("experiment", "lists", "warning", "runs/interleaving-20260308T050000/interleaving.html"),
+        ("experiment", "page", "warning", "runs/experiment-20260308T050000/experiment.html"), ("experiment", "rows", "critical", "runs/bandit-20260308T050000/bandit.html")]
+    assert experiment_findings(tmp_path, "2026-03-16") == []

@@ -100,14 +100,17 @@ def check_findings(checks: list[dict], day: str, page: str) -> list[Finding]:
 
 # %% ../../nbs/9_operations/27_act.ipynb #5aa9b5bf
 def experiment_findings(reports: Path, day: str) -> list[Finding]:
-    "What was said of experiments in the week up to `day`: those without their units, and those that lose."
+    "What was said of experiments in the week up to `day`: those without their units, those that lose, lists of which the first is preferred, and bandits whose shares stay."
     newest, since = {}, (date.fromisoformat(day) - timedelta(days=7)).isoformat()
-    for file in sorted(reports.glob("runs/experiment-*/out/decision.json"), key=lambda p: p.parent.parent.name):
+    files = [(file.parent.parent.name.partition("-"), file) for kind in ("experiment", "interleaving", "bandit") for file in reports.glob(f"runs/{kind}-*/out/decision.json")]
+    for (kind, _, at), file in sorted(files, key=lambda f: f[0][2]):
         try: said = read_json(file)
         except RecsysError: continue  # a job that was killed
-        if since < said["moment"][:10] <= day: newest[said["name"]] = (said, file.parent.parent.name)
-    grave = dict(invalid="critical", worse="warning", broken="warning")
-    return [Finding("experiment", n, grave[s["answer"]], 1., 0., day, f"runs/{run}/experiment.html", f"experiment {n}: {s['sentence']}") for n, (s, run) in sorted(newest.items()) if s["answer"] in grave]
+        made = said.get("moment", f"{at[:4]}-{at[4:6]}-{at[6:8]}")[:10] # a bandit's says no moment; its folder does
+        if since < made <= day: newest[said.get("name", "?")] = (said, kind, f"{kind}-{at}")
+    grave = dict(invalid="critical", worse="warning", broken="warning", first="warning")
+    severity = lambda s: grave.get(s.get("answer")) or ("critical" if s.get("moved") is False else None)
+    return [Finding("experiment", n, severity(s), 1., 0., day, f"runs/{run}/{kind}.html", f"{kind} {n}: {s.get('sentence', '')}") for n, (s, kind, run) in sorted(newest.items()) if severity(s)]
 
 def failure_finding(step: str, why: str, day: str, page: str) -> Finding:
     "A step that failed."
