@@ -192,6 +192,13 @@ def test_escalated_once_when_nobody_answers_and_never_when_somebody_did(hook, ma
     assert [to for _, to, text in mail.inbox.got if "nobody answered" in text] == [["lead@shop.example"]]
     assert told(hook)[3]["to"] == s.alerts.escalate_to
 
+def test_one_that_was_escalated_and_snoozed_is_escalated_again_when_nobody_answers_after_it_woke(hook, mail, tmp_path):
+    s = shop(tmp_path, webhook=hook.url, **mail.settings)
+    a, due = raise_alert(s, alert(), T), s.alerts.escalate_hours
+    tend(s, T + due * HOUR); answer(s, a.id, "snoozed", by="Ada", until=later(10, T + due * HOUR), now=T + due * HOUR)
+    for h in range(1, 3 * int(due) + 12): tend(s, T + (due + h) * HOUR)
+    assert [n.act for n in read_cases(s)[a.id].notices] == ["raised", "escalated", "woken", "escalated"]
+
 def test_a_worse_one_is_a_new_question_and_a_flickering_one_is_not(hook, tmp_path):
     s = shop(tmp_path, webhook=hook.url)
     c = raise_alert(s, alert(), T); answer(s, c.id, "approved", by="Ada", now=T)
@@ -238,7 +245,7 @@ def test_whatever_happens_one_alert_is_open_for_a_key_and_notices_are_few(tmp_pa
     assert len(keys) == len(set(keys))
     for c in cases.values():
         told_of = [a.act for a in c.notices]
-        assert told_of[0] == "raised" and told_of.count("worse") <= 1 and told_of.count("escalated") <= 1 + told_of.count("worse")
+        assert told_of[0] == "raised" and told_of.count("worse") <= 1 and told_of.count("escalated") <= 1 + told_of.count("worse") + told_of.count("woken")
         assert c.state(now) in ("open", "acknowledged", "snoozed", "closed", "approved", "vetoed")
     assert cases_of(read_journal(alerts_file(s))) == cases
 

@@ -5,7 +5,7 @@ from datetime import date
 import msgspec, pytest
 from hypothesis import given, strategies as st
 
-from recsys.operations.incident import LANES, Act, Decided, Found, Past, Raised, Released, alerts_of, at_a_glance, file_name, glance_rows, happenings, incident_page, near, read_lines, state_of, write_incidents
+from recsys.operations.incident import LANES, Act, Decided, Found, Past, Raised, Released, alerts_of, at_a_glance, file_name, glance_rows, happenings, incident_page, near, read_lines, read_past, state_of, write_incidents
 from recsys.operations.index import RunFile, write_index
 from test_report import EVIL, check
 
@@ -49,6 +49,44 @@ def test_the_index_begins_with_what_waits(tmp_path):
     (data/"alerts.jsonl").write_text("".join(json.dumps(l) + "\n" for l in [*ACTS, dict(at=moment(7), id="A1", act="closed", by="run")]))
     assert "Nothing waits for anybody." in write_index(reports, data).read_text() and 'rs-headline good' in (reports/"incidents/A1.html").read_text()
     assert "at a glance" not in write_index(reports).read_text()
+
+def test_the_state_is_that_of_the_list_of_alerts(tmp_path):
+    "Approved, gone and back again is approved; snoozed is over at its moment."
+    from datetime import datetime, timezone
+    from recsys.operations.alerts import cases_of
+    now = datetime(2026, 3, 20, tzinfo=timezone.utc)
+    steps = dict(approved={}, closed={}, reopened=dict(alert=ALERT), again=dict(alert=ALERT | dict(day="2026-03-09")), acknowledged={}, snoozed=dict(until=moment(19)), worse=dict(alert=ALERT), woken={}, labelled=dict(why="false"))
+    for first in steps:
+        for second in steps:
+            for third in steps:
+                acts = [ACTS[0], *(dict(at=moment(6 + k), id="A1", act=a, **steps[a]) for k, a in enumerate((first, second, third)))]
+                lines = [json.dumps(a).encode() for a in acts]
+                assert state_of([msgspec.json.decode(l, type=Act) for l in lines], now) == cases_of(lines)["A1"].state(now), (first, second, third)
+    acts = [msgspec.convert(a, Act) for a in (ACTS[0], dict(at=moment(6), id="A1", act="approved"), dict(at=moment(7), id="A1", act="closed"), dict(at=moment(8), id="A1", act="reopened", alert=ALERT))]
+    assert state_of(acts, now) == "approved"
+
+def test_todays_decision_is_that_of_the_newest_day_not_the_last_line(tmp_path):
+    reports, data = shop(tmp_path, decisions=[*DECISIONS, dict(day="2026-03-02", action="nothing", because="a day made up for")])
+    row, = [r for r in glance_rows(reports, read_past(reports, data)) if r[0] == "decision"]
+    assert row[2].startswith("2026-03-05: fall back")
+
+def test_pages_of_simulated_runs_say_so(tmp_path):
+    reports, data = shop(tmp_path)
+    (name, *_), = write_incidents(reports, data)
+    assert "simulated" not in (reports/name).read_text()
+    file = reports/"runs/2026-03-05/run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(simulated=True)))
+    write_incidents(reports, data)
+    assert '<span class="tag">simulated data</span>' in (reports/name).read_text()
+
+@pytest.mark.parametrize("run, said, light", [("interleaving-20260309T050000", dict(name="two", answer="first", sentence="the old list"), "bad"), ("bandit-20260309T050000", dict(name="rows", moved=False, sentence="the shares stay", arms=[]), "bad"),
+    ("bandit-20260309T050000", dict(name="rows", moved=True, sentence="b is best", arms=[]), "good"), ("experiment-20260309T050000", dict(name="tiles", answer="better", sentence="it gains"), "good")])
+def test_the_newest_experiment_of_any_kind_is_at_a_glance(tmp_path, run, said, light):
+    reports, data = shop(tmp_path)
+    for name, what in (("experiment-20260301T050000", dict(name="old", answer="open", sentence="not yet")), (run, said)):
+        (reports/f"runs/{name}/out").mkdir(parents=True); (reports/f"runs/{name}/out/decision.json").write_text(json.dumps(what))
+    row, = [r for r in glance_rows(reports, read_past(reports, data)) if r[0] == "experiments"]
+    assert row[1:] == (light, f"{said['name']}: {said['sentence']}", f"runs/{run}/{run.partition('-')[0]}.html")
 
 def test_hostile_words_stay_words(tmp_path):
     bad = {k: EVIL.replace("\ud800", "") for k in ALERT} | dict(day="2026-03-05", evidence="javascript:alert(1)")

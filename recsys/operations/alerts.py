@@ -102,7 +102,7 @@ def _apply(cases: dict[str, Case], a: Act):
     if a.alert: c.worst = max(c.worst, a.alert.weight)
     if a.act == "worse": c.answer, c.until, c.label, c.escalated = "", "", "", False
     if a.act == "escalated": c.escalated = True
-    if a.act == "woken": c.until = ""
+    if a.act == "woken": c.until, c.escalated = "", False # asked anew
     if a.act in ANSWERS: c.answer, c.answered_by, c.until = a.act, a.by, ""
     if a.act == "snoozed": c.until, c.answered_by = a.until, a.by
     if a.act == "labelled": c.label, c.answered_by = a.why.partition(" ")[0], a.by

@@ -8,7 +8,7 @@ __all__ = ['LANES', 'COLOURS', 'VERDICTS', 'Raised', 'Act', 'Found', 'Decided', 
            'file_name', 'write_incidents', 'glance_rows', 'at_a_glance']
 
 # %% ../../nbs/9_operations/37_incident.ipynb #f7f9bf45
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,8 +17,10 @@ import polars as pl
 from msgspec import Struct
 
 from ..core.files import atomic_file
+from ..core.settings import RecsysError
+from .alerts import cases_of
 from .charts import lines
-from .index import RunFile, read_runs
+from .index import RunFile, _kicker, read_runs
 from .report import LAMPS, Block, escape, headline, html_table, light, page
 
 # %% ../../nbs/9_operations/37_incident.ipynb #5d2a2890
@@ -39,6 +41,7 @@ class Act(Struct):
     act: str = "?"
     by: str = ""
     why: str = ""
+    until: str = ""
     alert: Raised | None = None
 
 class Found(Struct):
@@ -87,7 +90,7 @@ class Past(Struct):
 def read_past(reports: Path, data: Path) -> Past:
     "What lies below the folders of reports and data."
     read = lambda name, kind: read_lines(Path(data)/f"{name}.jsonl", kind)
-    return Past(read_runs(reports)[0][::-1], read("alerts", Act), read("decisions", Decided), read("releases", Released))
+    return Past(read_runs(reports)[0][::-1], read("alerts", Act), sorted(read("decisions", Decided), key=lambda d: d.day[:10]), read("releases", Released)) # a run of an earlier day may be made up for
 
 def alerts_of(past: Past) -> dict[str, list[Act]]:
     "{id of an alert: its acts}, of those that say what was raised."
@@ -95,10 +98,12 @@ def alerts_of(past: Past) -> dict[str, list[Act]]:
     for a in past.acts: found.setdefault(a.id, []).append(a)
     return {i: acts for i, acts in found.items() if any(a.alert for a in acts)}
 
-def state_of(acts: list[Act]) -> str:
-    "open, acknowledged, snoozed, approved, vetoed or closed: the last word on an alert."
-    words = {"raised": "open", "worse": "open", "reopened": "open", "woken": "open"} | {w: w for w in ("acknowledged", "snoozed", "approved", "vetoed", "closed")}
-    return next((words[a.act] for a in reversed(acts) if a.act in words), "open")
+def state_of(acts: list[Act], now: datetime | None = None) -> str:
+    "open, acknowledged, snoozed, approved, vetoed or closed, as `recsys alerts` says; open where its acts do not fit together."
+    try: case, = cases_of([msgspec.json.encode(a) for a in acts]).values()
+    except (RecsysError, ValueError): return "open" # e.g. a severity that is none
+    try: return case.state(now or datetime.now(timezone.utc))
+    except (ValueError, TypeError): return "open"   # snoozed until no moment
 
 # %% ../../nbs/9_operations/37_incident.ipynb #119d428c
 LANES = dict(pipeline="runs and pipeline", data="data", prediction="prediction", attribution="attribution", concept="concept", quality="quality", business="business",
@@ -181,7 +186,7 @@ def incident_page(past: Past, id: str, acts: list[Act]) -> str:
     drawn = axis(seen, first, f"What came before what, around {first}").html if seen else ""
     figures, evidence = _figures(past, first), f'<p><a href="../{quote(alert.evidence)}">The page on which it was found</a></p>' if alert.evidence and ":" not in alert.evidence and not alert.evidence.startswith(("/", "..")) else ""
     body = said.html + evidence + drawn + (f"<h2>The figures of these days</h2>{figures}" if figures else "") + "<h2>In words</h2>" + happening_table(seen, "../")
-    return page(f"Incident {id}: {alert.key}", body, [("All runs", "../index.html")], foot="<p>Made from data/alerts.jsonl, decisions.jsonl, releases.jsonl and the runs.</p>")
+    return page(f"Incident {id}: {alert.key}", body, [("All runs", "../index.html")], _kicker(past.runs[-1]) if past.runs else "", foot="<p>Made from data/alerts.jsonl, decisions.jsonl, releases.jsonl and the runs.</p>")
 
 # %% ../../nbs/9_operations/37_incident.ipynb #ddce0c06
 def file_name(id: str) -> str:
@@ -200,13 +205,16 @@ def write_incidents(reports: Path, data: Path) -> list[tuple[str, Act, str, str]
 
 # %% ../../nbs/9_operations/37_incident.ipynb #6e529ac6
 def _experiments(reports: Path) -> tuple | None:
-    "The newest analysis of an experiment."
-    newest = max(Path(reports).glob("runs/experiment-*/out/decision.json"), key=lambda p: p.parent.parent.name, default=None)
+    "The newest analysis of an experiment, of two lists in one, or of a bandit."
+    files = [f for kind in ("experiment", "interleaving", "bandit") for f in Path(reports).glob(f"runs/{kind}-*/out/decision.json")]
+    newest = max(files, key=lambda p: p.parent.parent.name.partition("-")[2], default=None) # the moment follows the kind
     if newest is None: return None
     try: said = msgspec.json.decode(newest.read_bytes())
     except (msgspec.DecodeError, OSError): return None
     from recsys.experiments.analysis import ANSWERS
-    return "experiments", ANSWERS.get(str(said.get("answer")), "info"), f"{said.get('name', '?')}: {said.get('sentence', said.get('answer', '?'))}", f"runs/{newest.parent.parent.name}/experiment.html"
+    run = newest.parent.parent.name
+    light = ("good" if said["moved"] else "bad") if "moved" in said else (ANSWERS | dict(first="bad", second="good")).get(str(said.get("answer")), "info") # a bandit moved its shares, or could not
+    return "experiments", light, f"{said.get('name', '?')}: {said.get('sentence', said.get('answer', '?'))}", f"runs/{run}/{run.partition('-')[0]}.html"
 
 def _runs(runs: list[RunFile]) -> list[tuple]:
     "Traffic, quality and drift of the newest run; `runs` oldest first."
