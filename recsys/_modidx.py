@@ -2937,6 +2937,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'recsys/operations/bench_drift.py'),
                                                'recsys.operations.bench_drift.power': ( '9_operations/bench_drift.html#power',
                                                                                         'recsys/operations/bench_drift.py'),
+                                               'recsys.operations.bench_drift.reading_of': ( '9_operations/bench_drift.html#reading_of',
+                                                                                             'recsys/operations/bench_drift.py'),
                                                'recsys.operations.bench_drift.real_figures': ( '9_operations/bench_drift.html#real_figures',
                                                                                                'recsys/operations/bench_drift.py'),
                                                'recsys.operations.bench_drift.reasons_for': ( '9_operations/bench_drift.html#reasons_for',

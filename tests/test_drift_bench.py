@@ -92,3 +92,14 @@ def test_windows_in_time():
     plan = bd.Plan("unit", .01, 199, 0, dict(psi=.1, wasserstein=.04, share=.02, missing=.02, unseen=.01), 10, 400, 64)
     found = bd.windows_report(frames, plan)
     assert [f["window"] for f in found] == list("45678") and all("product" in f["bare"] for f in found) and not any("product" in f["past"] for f in found[1:])
+
+
+@pytest.mark.parametrize("shop", bd.READING)
+def test_a_reading_stands_only_beside_the_counts_it_was_written_for(shop):
+    (n, bare, past, planted), alarmed, said = bd.READING[shop]
+    others = [f"other {k}" for k in range(n - len(alarmed))]
+    windows = [dict(window=w, bare=["x"] if k < bare else [], past=["x"] if k < past else [], planted=k < planted) for k, w in enumerate([*alarmed, *others])]
+    assert past == len(alarmed) and bd.reading_of(shop, windows) == said
+    assert bd.reading_of(shop, windows[:-1]) == "" == bd.reading_of(shop, [windows[-1] | dict(window="elsewhere", past=["y"]), *windows[:-1]])
+    for key in ("bare", "planted"): assert bd.reading_of(shop, [windows[0] | {key: not windows[0][key]}, *windows[1:]]) == ""
+    if alarmed: assert bd.reading_of(shop, [windows[0] | dict(window="elsewhere"), *windows[1:]]) == ""

@@ -6,7 +6,7 @@
 __all__ = ['PLANTED', 'KINDS', 'COUNTS', 'ROWS', 'TASK', 'PINS', 'RUNNER', 'READING', 'study_table', 'plant', 'plan_for', 'asked',
            'material', 'interval', 'alarmed', 'kinds_of', 'at_most', 'category_shares', 'Law', 'law_of', 'drawn',
            'false_alarms', 'power', 'planted', 'parity', 'costs', 'evidently_figures', 'shap_figures', 'reasons_for',
-           'windows_report', 'journey_weeks', 'real_figures', 'bench_drift']
+           'windows_report', 'reading_of', 'journey_weeks', 'real_figures', 'bench_drift']
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #85308a23
 import os, subprocess, sys, tempfile, time
@@ -323,12 +323,23 @@ def windows_report(frames: list[tuple[str, pl.DataFrame]], plan: Plan, touch: st
     return found
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #056bb20b
-def _real(name: str, what: str, frames: list, plan: Plan, year: float, reading: str) -> dict:
-    "The study of one shop; `year`: windows in a year, `reading`: what a retailer makes of what is flagged."
+READING = dict(journey=((48, 14, 1, 48), ("week 52",), "Without a past, rounds of discounts and the opening hours of the season would cry wolf more often than every fourth week. With it one report is left, that of Christmas week, in which cheap lines of the own brand are fewer than in any week before: true, and a season that one year's log cannot expect."),
+               online_retail=((9, 8, 1, 7), ("2011-10",), "Without a past every month but the last, of nine days, alarms, since a gift shop's assortment never stands still. With it October alone does, when the Christmas assortment replaces summer's (party bunting is what moved most): true, and worth a look at whether the model knows the new products."),
+               eshop=((15, 6, 0, 15), (), "Without a past the mix of countries, colours and categories would alarm in two of five weeks of a summer in which nothing happened; with it none does. Every twenty-five percent of prices would have been found."))
+
+def reading_of(shop: str, windows: list[dict]) -> str: # of `windows_report`
+    "What people read from the alarms of a key of READING; empty if the alarms are others by now."
+    counts, alarmed, said = READING[shop]
+    now = (len(windows), *(sum(bool(w[k]) for w in windows) for k in ("bare", "past", "planted")))
+    return said if now == counts and tuple(w["window"] for w in windows if w["past"]) == alarmed else ""
+
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #0b5690e9
+def _real(name: str, what: str, frames: list, plan: Plan, year: float, shop: str) -> dict:
+    "The study of one shop; `year`: windows in a year, `shop`: its key in READING."
     w = windows_report(frames, plan)
     rate = lambda key: sum(bool(x[key]) for x in w) / len(w) * year
     said = f"Of {len(w)} reports {sum(bool(x['bare']) for x in w)} alarm without a past, {sum(bool(x['past']) for x in w)} with it: {rate('bare'):.0f} and {rate('past'):.0f} in a year of as many windows; prices × 1.25 would have been found in {sum(x['planted'] for x in w)} of {len(w)}"
-    return dict(name=name, what=what, windows=w, reading=reading, sentence=said + ".")
+    return dict(name=name, what=what, windows=w, reading=reading_of(shop, w), sentence=said + ".")
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #df6097b1
 def journey_weeks() -> list[tuple[str, pl.DataFrame]]:
@@ -339,23 +350,18 @@ def journey_weeks() -> list[tuple[str, pl.DataFrame]]:
                  discount=pl.col("retail_disc") > 0, coupon=pl.col("coupon_disc") > 0, hour=pl.col("transaction_timestamp").dt.hour())
     return [(f"week {w}", f.drop("week")) for (w,), f in t.sort("week").group_by("week", maintain_order=True) if f.height > 10_000]
 
-# %% ../../nbs/9_operations/21_bench_drift.ipynb #ee8f3d18
-READING = dict(journey="Without a past, rounds of discounts and the opening hours of the season would cry wolf every fourth week. With it one report is left, that of Christmas week, in which cheap lines of the own brand are fewer than in any week before: true, and a season that one year's log cannot expect.",
-               online_retail="Without a past every month alarms, since a gift shop's assortment never stands still. With it October alone does, when the Christmas assortment replaces summer's (party bunting is what moved most): true, and worth a look at whether the model knows the new products.",
-               eshop="Without a past the mix of countries, colours and categories would alarm in two of five weeks of a summer in which nothing happened; with it none does. Every twenty-five percent of prices would have been found.")
-
-# %% ../../nbs/9_operations/21_bench_drift.ipynb #3095c564
+# %% ../../nbs/9_operations/21_bench_drift.ipynb #587c2633
 def real_figures(folder: str | Path, settings: Settings, say=lambda note: None) -> list[dict]:
     "The studies of two shops, from Parquet files in `folder` (those that are missing are left out), and of The Complete Journey."
     found, folder, plan = [], Path(folder), plan_for(settings, "unit")
     say("The Complete Journey")
-    found.append(_real("The Complete Journey", "lines of receipts by week of 2017 (said to be simulated from real shopping); unit: the household", journey_weeks(), plan, 52, READING["journey"]))
+    found.append(_real("The Complete Journey", "lines of receipts by week of 2017 (said to be simulated from real shopping); unit: the household", journey_weeks(), plan, 52, "journey"))
     if (file := folder/"online_retail/online_retail.parquet").exists():
         say("Online Retail")
         t = pl.read_parquet(file).filter(~pl.col("InvoiceNo").str.starts_with("C"), pl.col("UnitPrice") > 0)
         t = t.select(month=pl.col("InvoiceDate").dt.strftime("%Y-%m"), unit=pl.coalesce(pl.col("CustomerID").cast(pl.Int64).cast(pl.String), "InvoiceNo"), quantity="Quantity", price="UnitPrice",
                      product="StockCode", country="Country", hour=pl.col("InvoiceDate").dt.hour(), anonymous=pl.col("CustomerID").is_null())
-        found.append(_real("Online Retail", "lines of invoices by month; unit: the customer, or the invoice where there is none", [(m, f.drop("month")) for (m,), f in t.sort("month").group_by("month", maintain_order=True)], plan, 12, READING["online_retail"]))
+        found.append(_real("Online Retail", "lines of invoices by month; unit: the customer, or the invoice where there is none", [(m, f.drop("month")) for (m,), f in t.sort("month").group_by("month", maintain_order=True)], plan, 12, "online_retail"))
     if (file := folder/"eshop_2008/eshop_clickstream_2008.parquet").exists():
         say("e-shop")
         t = pl.read_parquet(file)
@@ -364,7 +370,7 @@ def real_figures(folder: str | Path, settings: Settings, say=lambda note: None) 
         words = [c for c in t.columns if t[c].dtype.is_integer() and c not in ("price", "unit", "page")]
         t = t.with_columns(pl.col(words).cast(pl.String))
         weeks = [(w, f.drop("week")) for (w,), f in t.sort("week").group_by("week", maintain_order=True)]
-        found.append(_real("e-shop 2008", "clicks by week, whole weeks; unit: the session", [x for x in weeks if x[1].height > .5 * max(f.height for _, f in weeks) / 2], plan, 52, READING["eshop"]))
+        found.append(_real("e-shop 2008", "clicks by week, whole weeks; unit: the session", [x for x in weeks if x[1].height > .5 * max(f.height for _, f in weeks) / 2], plan, 52, "eshop"))
     return found
 
 # %% ../../nbs/9_operations/21_bench_drift.ipynb #7475d00b
