@@ -75,9 +75,9 @@ def test_new_lists_make_a_new_report_and_no_new_version(published, shop):
     end = datetime.fromisoformat(json.loads(next((shop/"data/steps").glob("ingest-*/ingest.json")).read_text())["moment"])
     done, serving = lambda: [n for n, l in lines(recsys(shop, "run", "--allow-regression").stdout).items() if "skipped" not in l], lambda: (shop/"data/bundles/current").resolve().name
     done(); version = serving()
-    for days, ran in ((-2, []), (2, ["drift", "publish"])):
+    for days, ran in ((-2, []), (2, ["drift", "decide", "publish"])):
         folder = shop/f"data/served/day={(end - timedelta(days=days)).date()}"; folder.mkdir(parents=True)
-        (folder/"1-1.jsonl").write_text("{}\n")
+        (folder/"1-1.jsonl").write_text(json.dumps(dict(request_id="r1", at=(end - timedelta(days=days)).timestamp(), model_version=version, variant="default", level=0, asked=0, request={}, visitor_id=None, user_id=None, items=[])) + "\n")
         assert (done(), serving()) == (ran, version)
     shutil.rmtree(shop/"data/served")
 
