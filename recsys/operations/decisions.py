@@ -209,9 +209,9 @@ def learning(calls: dict[str, list[Finding]], past: Past) -> tuple[str, list[Fin
     return ("refresh", calls["refresh"]) if calls["refresh"] else ("nothing", [])
 
 # %% ../../nbs/9_operations/25_decisions.ipynb #80339f2e
-def _chosen(findings: list[Finding], past: Past, policy: Policy) -> tuple[str, int, str, dict[str, str]]:
-    "Action, fallback, why, and what each finding calls for."
-    called = {f.key: call_for(f, days_in_a_row(past, f.key), policy) for f in findings}
+def _chosen(findings: list[Finding], past: Past, policy: Policy, lasting: str = "") -> tuple[str, int, str, dict[str, str]]:
+    "Action, fallback, why, and what each finding calls for; `lasting`: key of one that counts as having been there for long."
+    called = {f.key: call_for(f, policy.persist_days if f.key == lasting else days_in_a_row(past, f.key), policy) for f in findings}
     called |= {f.key: "nothing" for f in findings if called[f.key] == "retrain" and answered(f, past, policy) or called[f.key] != "fall_back" and of_fallback(f, past)}
     calls = {a: [f for f in findings if called[f.key] == a] for a in ACTIONS}
     past = msgspec.structs.replace(past, dirty=past.dirty or bool(unsound(findings)))
@@ -239,20 +239,19 @@ def _other(findings, calls, past: Past, policy: Policy) -> tuple[str, str]:
 
 # %% ../../nbs/9_operations/25_decisions.ipynb #0559c80f
 def variations(findings: list[Finding], past: Past, policy: Policy, called: dict[str, str]):
-    "(in words, findings, policy) of what might have been."
+    "(in words, findings, policy, key of a finding that had lasted) of what might have been."
     acting = [f for f in findings if f.key in called]
     kinds = Counter(f.kind for f in acting)
-    for f in acting if len(acting) <= 6 else (): yield f"{f.key} stayed within {f.threshold:.4g} (it was {f.value:.4g})", [g for g in findings if g.key != f.key], policy
+    for f in acting if len(acting) <= 6 else (): yield f"{f.key} stayed within {f.threshold:.4g} (it was {f.value:.4g})", [g for g in findings if g.key != f.key], policy, ""
     for kind, n in sorted(kinds.items()):
-        if n > 1 or len(acting) > 6: yield f"none of the {n} findings about {kind} been there", [g for g in findings if g.kind != kind], policy
+        if n > 1 or len(acting) > 6: yield f"none of the {n} findings about {kind} been there", [g for g in findings if g.kind != kind], policy, ""
     for f in findings:
         if f.severity == "warning" and (n := days_in_a_row(past, f.key)) < policy.persist_days:
-            yield f"{f.key} been there on {policy.persist_days} days in a row (it was {n})", [msgspec.structs.replace(g, severity="critical") if g is f else g for g in findings], \
-                msgspec.structs.replace(policy, critical=policy.critical | {f.kind: policy.warning.get(f.kind, "nothing")})
-        if f.word: yield f"nobody said '{f.word}' of {f.key}", [msgspec.structs.replace(g, word="") if g is f else g for g in findings], policy
-    yield "there been no cool-down", findings, msgspec.structs.replace(policy, cooldown_days=0)
-    yield "there been no budget", findings, msgspec.structs.replace(policy, retrains_per_week=10**9, fall_backs_per_week=10**9)
-    if past.fallback: yield "fewer clean days been asked for", findings, msgspec.structs.replace(policy, clear_days=1)
+            yield f"{f.key} been there on {policy.persist_days} days in a row (it was {n})", findings, policy, f.key
+        if f.word: yield f"nobody said '{f.word}' of {f.key}", [msgspec.structs.replace(g, word="") if g is f else g for g in findings], policy, ""
+    yield "there been no cool-down", findings, msgspec.structs.replace(policy, cooldown_days=0), ""
+    yield "there been no budget", findings, msgspec.structs.replace(policy, retrains_per_week=10**9, fall_backs_per_week=10**9), ""
+    if past.fallback: yield "fewer clean days been asked for", findings, msgspec.structs.replace(policy, clear_days=1), ""
 
 # %% ../../nbs/9_operations/25_decisions.ipynb #d8b8da2d
 def decide(findings: list[Finding],      # what was found, in any order
@@ -264,9 +263,9 @@ def decide(findings: list[Finding],      # what was found, in any order
     findings, past = sorted_findings(findings), past_of(history, today)
     action, level, because, called = _chosen(findings, past, policy)
     others = []
-    for had, fs, p in variations(findings, past, policy, called):
+    for had, fs, p, lasting in variations(findings, past, policy, called):
         if len(unsound(fs)) > len(unsound(findings)): continue
-        if (other := _chosen(fs, past, p)[:2]) != (action, level): others.append(Change(had, *other))
+        if (other := _chosen(fs, past, p, lasting)[:2]) != (action, level): others.append(Change(had, *other))
     return Decision(today, action, because, level, called, findings, others, of=of)
 
 # %% ../../nbs/9_operations/25_decisions.ipynb #c5078501
