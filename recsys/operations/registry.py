@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from ..core.files import atomic_file, full_disk_is_clear, read_json, write_json
+from ..core.files import atomic_file, journal, read_journal, read_json, write_json
 from ..core.settings import RecsysError, Settings
 from ..serving import bundle as bundles_of
 from ..serving.bundle import verify_bundle, versions
@@ -38,18 +38,12 @@ def history_file(settings: Settings) -> Path: return settings.data_dir/"releases
 def releases(settings: Settings) -> list[Release]:
     "The history, oldest first."
     file = history_file(settings)
-    if not file.exists(): return []
-    lines = file.read_bytes().split(b"\n")[:-1] # what follows the last line end is half a line, or nothing
-    try: return [msgspec.json.decode(l, type=Release) for l in lines]
+    try: return [msgspec.json.decode(l, type=Release) for l in read_journal(file)]
     except msgspec.DecodeError as e: raise RecsysError(f"a line is not a release ({e})", str(file), "correct it, or move the file away") from None
 
 def _append(settings: Settings, release: Release):
     "One more line, on the disk when this returns."
-    file = history_file(settings)
-    with full_disk_is_clear(file), file.open("ab") as f:
-        if whole := f.tell(): # without the half of a line that a killed writer left
-            with file.open("rb") as old: whole = old.read().rfind(b"\n") + 1
-        f.truncate(whole); f.write(msgspec.json.encode(release) + b"\n"); f.flush(); os.fsync(f.fileno())
+    with journal(history_file(settings)) as (_, add): add(msgspec.json.encode(release))
 
 # %% ../../nbs/9_operations/28_registry.ipynb #6fe37b83
 def bundles(settings: Settings) -> Path: return settings.data_dir/"bundles"
