@@ -131,7 +131,7 @@ def test_the_storefront_changes_its_list_and_says_why(storefront, visit, size, s
     first = names(page)
     assert page.get_by_role("alert").is_hidden()
     assert len(first) == 10 and "Version 2" in page.locator("#version").inner_text() and "Level 3" in said(page, "Level")
-    page.get_by_label("Words of its name").fill("article 1"); page.keyboard.press("Enter")
+    page.get_by_label("Words of its name").fill("article 17"); page.keyboard.press("Enter")
     page.locator("#hits", has_text="that have these words").wait_for()
     page.locator("#found").get_by_role("button", name="Article 17", exact=True).click()
     assert "ms" in said(page, "You looked at Article 17") and "a17" in page.locator("#facts").inner_text(); v.look()
