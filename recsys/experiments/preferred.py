@@ -19,32 +19,19 @@ from ..core.settings import RecsysError, Settings
 from ..data.events import UTC, read_events, utc
 from ..data.identity import NO_LINKS, person
 from ..data.outcomes import outcome_minutes, outcomes
-from ..data.shown import served_records
 from .interleaving import Preference, credit
 from .run import experiment_of
-from .units import planned_units
+from .units import planned_units, shown_lines, variant_in
 from ..serving.assignment import Experiment
 
 # %% ../../nbs/8_experiments/09_preferred.ipynb #fb4cac1d
-class _Line(Struct):
-    "What matters here of a line of the log of what was shown."
-    request_id: str
-    at: float
-    variant: str
-    visitor_id: str | None
-    user_id: str | None
-    items: list[tuple[str, float, float, list[str]]]
-    teams: list[int] = []
-
 PICKS = dict(request_id=pl.String, at=UTC, visitor_id=pl.String, user_id=pl.String, item_id=pl.String, team=pl.Int8)
 
 def picks_of(data_dir: str | Path, experiment: str) -> pl.DataFrame: # columns of PICKS, a row per item
     "Items of the lists that were drafted in an experiment for people who consented."
-    found, decode = [], msgspec.json.Decoder(_Line).decode
-    for record in served_records(data_dir):
-        line = decode(record)
-        if not line.teams or not (line.visitor_id or line.user_id): continue
-        if not any(v.partition(":")[0] == experiment for v in line.variant.split(",")): continue
+    found = []
+    for line in shown_lines(data_dir):
+        if not line.teams or variant_in(line, experiment) is None: continue
         at = datetime.fromtimestamp(line.at, timezone.utc)
         found += [(line.request_id, at, line.visitor_id, line.user_id, i[0], t) for i, t in zip(line.items, line.teams)]
     return pl.DataFrame(found, schema=PICKS, orient="row")

@@ -20,23 +20,17 @@ from ..core.settings import RecsysError, Settings
 from ..data.events import read_events
 from ..data.identity import NO_LINKS, person
 from ..data.outcomes import outcome_minutes
-from ..data.shown import served_records
 from .interleaving import best_odds
 from .run import experiment_of, experiments_of
-from .units import lists_of, unit_table
+from .units import lists_of, shown_lines, unit_table
 from ..serving.assignment import Experiment, weights_of
 from ..serving.variants import read_shares, shares_file
 
 # %% ../../nbs/8_experiments/10_shares.ipynb #b5241900
-class _Line(Struct):
-    "What matters here of a line of the log of what was shown."
-    request_id: str
-    chances: dict[str, float] = {}
-
 def chances_of(data_dir: str | Path, lists: pl.DataFrame, experiment: str, links: pl.DataFrame = NO_LINKS, moment: datetime | None = None) -> pl.DataFrame: # unit, chance
     "The chance of the variant of each person's first list; `lists` as `lists_of` gives them."
-    moment, decode = moment or datetime.max.replace(tzinfo=timezone.utc), msgspec.json.Decoder(_Line).decode
-    told = {l.request_id: p for r in served_records(data_dir) if b'"chances"' in r for l in [decode(r)] for v, p in l.chances.items() if v.partition(":")[0] == experiment}
+    moment = moment or datetime.max.replace(tzinfo=timezone.utc)
+    told = {l.request_id: p for l in shown_lines(data_dir) for v, p in l.chances.items() if v.partition(":")[0] == experiment}
     first = person(lists.lazy(), links.lazy(), moment).sort("at", "request_id").group_by(unit="person", maintain_order=True).first().collect()
     return first.select("unit", chance=pl.col("request_id").replace_strict(told, default=None, return_dtype=pl.Float64))
 
