@@ -1,5 +1,5 @@
 "A small simulated shop in a folder of its own: events, items, mapping and settings. All numbers are made up."
-import csv, os, re, subprocess, sys
+import csv, os, re, subprocess, sys, time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -58,3 +58,11 @@ def recsys(folder: Path, *args, env: dict | None = None, timeout: int = 300) -> 
     "Run the real command line in `folder`."
     return subprocess.run([COMMAND, *map(str, args)], cwd=folder, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, **(env or {})})
+
+def until(what, seconds: float = 30):
+    "Wait until `what()` holds; what it gave."
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(.05)
+    return found

@@ -23,6 +23,7 @@ from recsys.serving.intraday import Keeper, category_rows, day_of_night, day_ver
 from recsys.serving.live_items import Change, Item, newer, said, stamped
 from recsys.serving.service import Service, ask, put, start
 from recsys.serving.state import LocalStore
+from shop import until
 from test_serving import BUDGET, N_ITEMS, PER_SOURCE, publish as plain_bundle, serving, tables, workers_of
 from test_serving import ask as http_ask
 
@@ -49,13 +50,6 @@ def twin(base, item: str, new: str) -> Item:
     "A new item that looks like one that is there."
     r = base.items.row(base.item_codes[item], named=True)
     return Item(new, title=r["title"], category=r["category"], brand=r["brand"], price=r["price"], stock=5)
-
-def until(what, seconds=30):
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(.05)
-    return found
 
 # ---- neighbours
 

@@ -15,6 +15,7 @@ from recsys.serving.keys import new_key
 from recsys.serving.service import Pressure
 from recsys.serving.refused import Refused
 from test_state import REDIS, Server
+from shop import until
 from test_serving import BUDGET, N_ITEMS, PER_SOURCE, ask, publish, serving, tables, workers_of
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,6 @@ def event(kind, visitor, item, **more): return dict(event_id=uuid.uuid4().hex, e
 def post(port, *events, **how): return ask(port, path="/v1/events", body=dict(events=list(events)), **how)
 def listed(port, **request): return [s["item_id"] for s in ask(port, body=request)[2]["items"]]
 def expected(engine, **request): return [s.item_id for s in recommend(engine, Request(**request), "r").items]
-
-def until(what, seconds=20):
-    "Wait until `what()` holds."
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(.05)
 
 # ---- what happens shapes the next list
 

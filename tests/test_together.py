@@ -22,7 +22,7 @@ from recsys.serving.bundle import open_bundle, promote
 from recsys.serving.engine import Engine, Request, rank, recommend
 from recsys.serving.service import Service, ask as ask_service, start
 from recsys.serving.variants import follow, read_shares, shares_file
-from shop import ROOT, recsys, settings_text
+from shop import ROOT, recsys, settings_text, until
 from test_serving import BUDGET, PER_SOURCE, ask, publish, serving, tables
 
 FILE = """
@@ -64,12 +64,6 @@ def server(shop):
     with serving(shop, shed_ms=5000, refuse_ms=60000) as (process, port):
         del os.environ["RECSYS_EXPERIMENTS_FILE"]
         yield SimpleNamespace(port=port, folder=shop)
-
-def until(what, seconds=20):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(.1)
 
 def log_of(folder): return [json.loads(l) for p in (folder/"data"/"served").glob("day=*/*.jsonl") for l in p.read_text().splitlines()]
 

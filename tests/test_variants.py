@@ -15,7 +15,7 @@ from recsys.serving.assignment import assign, book_of, read_experiments
 from recsys.serving.bundle import open_bundle, promote
 from recsys.serving.engine import Engine, Request, recommend
 from recsys.serving.service import Service, ask as ask_service, start
-from shop import settings_text
+from shop import settings_text, until
 from test_serving import BUDGET, PER_SOURCE, ask, publish, serving, tables
 
 FILE = """
@@ -78,12 +78,6 @@ def engines(shop):
         if rules: e.use(rules)
         return e
     return {"lists:control": of(), "lists:other": of("v2"), "lists:blocked": of(rules=read_rules(shop/"block.toml")), "lists:narrow": of(budget=20), "dark:control": of(), "dark:unseen": of()}
-
-def until(what, seconds=20):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(.05)
 
 def records(folder): return [json.loads(r) for r in served_records(folder/"data")]
 def shown(port, visitor, **more): return ask(port, body=dict(visitor_id=visitor, **more))[2]
