@@ -9,6 +9,8 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from recsys.core.files import write_json
 from recsys.core.settings import Paths, RecsysError, load_settings
+from recsys.operations.gate import Gate, write_gate
+from recsys.operations.publish import release
 from recsys.operations.registry import finish, gate_file, history_file, kept, on_trial, promote, releases, roll_back, serving as now_serving, targets, withdrawn
 from recsys.operations.runner import prune
 from recsys.serving import bundle
@@ -24,6 +26,23 @@ def place(folder, versions=5):
         write_json(s.data_dir/"bundles"/f"v{k}"/"manifest.json", dict(version=f"v{k}", files={}))
         os.utime(s.data_dir/"bundles"/f"v{k}"/"manifest.json", (k, k)); os.utime(s.data_dir/"bundles"/f"v{k}", (k, k))
     return s
+
+# ---- what a run does with a trial
+
+def test_a_run_leaves_to_the_operator_what_is_on_trial(tmp_path):
+    "Neither a run that finds nothing new nor one that is done again ends a trial, or sets its share back; and what was rolled back stays so, whatever a flag says."
+    s = place(tmp_path)
+    def step(version, champion):
+        folder = tmp_path/f"publish-{version}"; folder.mkdir(exist_ok=True)
+        write_gate(Gate("passed", "all checks passed", version, champion), s, folder)
+        return folder
+    promote(s, "v1"); promote(s, "v2", "share", "a look", .5)
+    before = releases(s)
+    assert "v1 serves" in release(step("v1", "v0"), s, "a run") and "on trial" in release(step("v2", "v1"), s, "a run")
+    assert releases(s) == before and on_trial(s) == "v2"
+    roll_back(s, "fewer clicks")
+    for anyway in (False, True): assert "stays so" in release(step("v2", "v1"), s, "a run", anyway)
+    assert now_serving(s) == "v1" and on_trial(s) is None
 
 # ---- any commands in any order
 
