@@ -106,3 +106,11 @@ def test_journals_that_are_broken_or_not_finished_are_read_as_far_as_they_can_be
 def test_every_kind_of_finding_has_a_lane():
     from recsys.operations.decisions import KINDS
     assert {*KINDS} <= {*LANES}
+
+def test_many_alerts_do_not_hide_the_rest(tmp_path):
+    "Three lines, the gravest first, and one for the others."
+    acts = [dict(at=moment(5), id=f"A{k}", act="raised", alert=ALERT | dict(key=f"data:{k}", what=f"column {k} moved", severity="critical" if k == 2 else "warning")) for k in range(9)]
+    reports, data = shop(tmp_path, acts)
+    rows = [r for r in glance_rows(reports, read_past(reports, data)) if r[0].startswith("alert")]
+    assert [r[2].partition(" (")[0] for r in rows[:3]] == ["column 2 moved", "column 8 moved", "column 7 moved"] and rows[3][2].startswith("6 more, none graver") and len(rows) == 4
+    assert len(list((write_index(reports, data).parent/"incidents").glob("*.html"))) == 9

@@ -162,7 +162,7 @@ def verdict_of(checks: list[Check], challenger: str, champion: str | None) -> Ga
     "Passed only if every check is."
     lost = [c for c in checks if not c.passed]
     if lost: return Gate("refused", "; ".join(f"{c.name}: {c.said}" for c in lost[:2]) + (f"; and {len(lost) - 2} more" if lost[2:] else ""), challenger, champion, checks)
-    return Gate("passed" if champion else "first", f"{len(checks)} checks passed" + (f" against {champion}" if champion else "; there is no version to compare with"), challenger, champion, checks)
+    return Gate("passed" if champion else "first", f"{len(checks)} check{'s' * (len(checks) != 1)} passed" + (f" against {champion}" if champion else "; there is no version to compare with"), challenger, champion, checks)
 
 def compare(champion: Bundle | None, challenger: Bundle, settings: Settings, folders: dict[str, Path], on_step=lambda name: None) -> Gate:
     "The gate; `folders` of the challenger's run: features, candidates, ingest."
