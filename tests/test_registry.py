@@ -11,7 +11,7 @@ from recsys.core.files import write_json
 from recsys.core.settings import Paths, RecsysError, load_settings
 from recsys.operations.gate import Gate, write_gate
 from recsys.operations.publish import release
-from recsys.operations.registry import finish, gate_file, history_file, kept, on_trial, promote, releases, roll_back, serving as now_serving, targets, withdrawn
+from recsys.operations.registry import finish, gate_file, history_file, kept, on_trial, promote, releases, roll_back, serving as now_serving, targets, trial_name, withdrawn
 from recsys.operations.runner import prune
 from recsys.serving import bundle
 from recsys.serving.service import Service, start
@@ -222,12 +222,12 @@ def test_a_share_sees_the_new_version_and_a_shadow_is_only_logged(live, monkeypa
         of = lambda: [ask(port, body=dict(visitor_id=f"w{k}", cart=["i4"]))[2]["model_version"] for k in range(100)]
         assert seen() == {"default"}
         promote(live, "v2", "share", "half of them", .5)
-        until(lambda: seen() == {"release-v2:before", "release-v2:new"}, 60)
+        until(lambda: seen() == {f"{trial_name(releases(live)[-1])}:{v}" for v in ("before", "new")}, 60)
         got = of()
         assert 30 < got.count("v2") < 70 and set(got) == {"v1", "v2"} and got == of() # everybody stays where they are
         promote(live, "v2", "shadow", "first in the dark", .5)
         until(lambda: set(of()) == {"v1"}, 60)
-        until(lambda: any(b'"shadow release-v2:new"' in p.read_bytes() for p in (live.data_dir/"served").rglob("*.jsonl")), 60)
+        until(lambda: any(f'"shadow {trial_name(releases(live)[-1])}:new"'.encode() in p.read_bytes() for p in (live.data_dir/"served").rglob("*.jsonl")), 60)
         roll_back(live, "enough"); until(lambda: seen() == {"default"}, 60)
         promote(live, "v2", why="all"); until(lambda: set(of()) == {"v2"}, 60)
 

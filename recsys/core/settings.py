@@ -277,12 +277,17 @@ class Schedule(Section):
     keep_days: Positive
 
 class Release(Section):
-    stage: Literal["all", "share", "shadow"]
-    share: Annotated[float, Meta(gt=0, lt=1)]
+    steps: Annotated[tuple[Annotated[str, Meta(pattern=r"^(all|(shadow|share):0?\.\d*[1-9]\d*)$")], ...], Meta(min_length=1)]
+    step_days: Positive
     margin: Share
     slice_margin: Share
     requests: Positive
     latency_times: Annotated[float, Meta(ge=1)]
+
+    def ladder(self) -> tuple[tuple[str, float], ...]:
+        "The steps of a release: stage, and share of the visitors."
+        return tuple((stage, float(share or 1)) for stage, _, share in (s.partition(":") for s in self.steps))
+
 
 # %% ../../nbs/0_core/01_settings.ipynb #cf446759
 def shipped(path: str) -> Path:
@@ -387,6 +392,8 @@ def _check(s: Settings):
         raise RecsysError(f"[index] uri = {s.index.uri!r}: no address of a Milvus", s.file, "write http://HOST:PORT of the cluster, or a file NAME.db for the embedded edition")
     if s.index.backend == "milvus" and s.index.kind == "ivf":
         raise RecsysError("[index] kind = 'ivf' is for faiss only: Milvus filters after the probe", s.file, "write auto, exact or hnsw")
+    if [k for k, step in enumerate(s.release.steps) if step == "all"] != [len(s.release.steps) - 1]:
+        raise RecsysError("[release] steps must end with all, and name it once", s.file, "e.g. steps = shadow:0.1, share:0.1, share:0.5, all")
     if s.alerts.smtp_host and not (s.alerts.email_from and s.alerts.email_to):
         raise RecsysError("[alerts] smtp_host without email_from and email_to", s.file, "say who writes to whom")
     if s.alerts.smtp_host and s.alerts.smtp_security == "none" and s.alerts.smtp_host not in ("localhost", "127.0.0.1", "::1"):

@@ -656,7 +656,7 @@ def parser() -> argparse.ArgumentParser:
     c = command("releases", _releases, "what served when, why, and where one could go back to"); c.add_argument("--most", type=int, default=20, help="changes that are shown")
     c = command("promote", _promote, "let a version serve: a shadow, a share of the visitors, or all of them")
     c.add_argument("version", metavar="VERSION"); c.add_argument("--stage", choices=("shadow", "share", "all"), default="all")
-    c.add_argument("--share", type=float, metavar="SHARE", help="of the visitors (default: [release] share)"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
+    c.add_argument("--share", type=float, default=.1, metavar="SHARE", help="of the visitors (default: .1)"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
     c.add_argument("--anyway", action="store_true", help="though the gate has refused it")
     c = command("rollback", _rollback, "end what is on trial, or let the version before serve again")
     c.add_argument("--to", metavar="VERSION", help="another than the one before"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")

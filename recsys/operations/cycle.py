@@ -113,6 +113,11 @@ def _tell_gate(settings: Settings, error: Exception | None, label: str):
     elif not error: close_gone(settings, "gate", set())
     deliver(settings)
 
+def _advanced(settings: Settings, ingested: str | Path) -> list[str]:
+    "What becomes of the release that is under way, in a sentence."
+    from recsys.operations.rollout import advance
+    return list(filter(None, [advance(settings, ingested)]))
+
 def _reshared(settings: Settings, ingested: str | Path) -> list[str]:
     "What becomes of bandits, in sentences; a mistake in their file stops no run."
     from recsys.experiments.shares import reshare_all
@@ -134,7 +139,7 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     try: run(settings, date, records, say, gate, in_force, after)
     except Exception as e: error = e
     if not records and error: raise error
-    if not date and "folder" in records.get("ingest", {}): released.extend(_reshared(settings, records["ingest"]["folder"]))
+    if not date and "folder" in records.get("ingest", {}): released += _advanced(settings, records["ingest"]["folder"]) + _reshared(settings, records["ingest"]["folder"])
     figures = _figures(records)
     if error and ("decision" not in figures or not isinstance(error, (Held, Regression, Refused))): figures |= _failed(settings, records, error, date)
     lost = "metrics" in figures and any(figures["against"][q][figures["best_baseline"][q]]["low"] <= 0 for q in figures["metrics"])

@@ -93,14 +93,16 @@ def still_judged(step_folder: Path, settings: Settings, anyway: bool = False) ->
 def release(step_folder: Path, settings: Settings, why: str, anyway: bool = False) -> str:
     "Promote the version of a publish step if it may be; what was done, in words. `Refused` if the gate says no."
     gate, now = read_gate(step_folder), serving(settings)
-    version, gone = gate.challenger, withdrawn(releases(settings))
+    version, gone, trial = gate.challenger, withdrawn(releases(settings)), on_trial(settings)
     if version == now: return f"version {version} serves" # whatever is on trial beside it: that is the operator's
-    if version == on_trial(settings): return f"version {version} is on trial"
+    if version == trial: return f"version {version} is on trial"
     if version in gone: return f"version {version} was rolled back ({gone[version]}) and stays so; `recsys promote` would bring it back"
     if anyway or now is None or gate.verdict == "same":
         promote(settings, version, "all", f"{why}: {'whatever the gate says' if anyway else gate.sentence}", anyway=anyway)
         return f"version {version} serves from now on"
+    if trial: return f"version {version} waits: {trial} is on trial"
     if gate.verdict == "older": return f"version {version} was not promoted: {gate.sentence}"
     if gate.verdict == "refused": raise Refused(f"the gate refused version {version}: {gate.sentence}", "publish", f"{now} goes on serving; --allow-regression publishes it")
-    r = promote(settings, version, settings.release.stage, f"{why}: {gate.sentence}")
+    stage, share = settings.release.ladder()[0]
+    r = promote(settings, version, stage, f"{why}: {gate.sentence}", share)
     return f"version {version} serves from now on" if r.stage == "all" else f"version {version} is on trial: {r.stage}, {r.share:.0%}"

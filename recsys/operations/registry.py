@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Release', 'history_file', 'releases', 'bundles', 'serving', 'on_trial', 'withdrawn', 'targets', 'kept',
-           'release_lock', 'finish', 'gate_file', 'promote', 'roll_back', 'releases_text']
+           'release_lock', 'trial_name', 'finish', 'gate_file', 'promote', 'roll_back', 'releases_text']
 
 # %% ../../nbs/9_operations/28_registry.ipynb #e76c584f
-import fcntl, json, os
+import fcntl, json, os, re
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -86,12 +86,16 @@ def release_lock(settings: Settings):
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
+def trial_name(r: Release) -> str:
+    "The name of a release to some as an experiment."
+    return f"release-{r.version}-{re.sub('[^0-9]', '', r.at[:19])}"
+
 def _trial_text(r: Release) -> str:
     "The release as an experiment: the version before, and the new one for a share of the visitors."
     why = "".join(c for c in r.why if c.isprintable())[:900]
     quoted = lambda text: json.dumps(text, ensure_ascii=False)
     new = f'name = "new", bundle = {quoted(r.version)}, weight = {r.share}{", shadow = true" if r.stage == "shadow" else ""}'
-    return (f'# Written by `recsys promote`; `recsys rollback` ends it.\n[[experiment]]\nname = "release-{r.version}"\nowner = "recsys promote"\nhypothesis = {quoted("a new version: " + why)}\n'
+    return (f'# Written by `recsys promote`; `recsys rollback` ends it.\n[[experiment]]\nname = "{trial_name(r)}"\nowner = "recsys promote"\nhypothesis = {quoted("a new version: " + why)}\n'
             f'primary = {quoted("latency_ms" if r.stage == "shadow" else "ctr")}\nminimum_effect = 0.05\nlayer = "release"\nramp = [[{r.at[:10]}, 1.0]]\nvariant = [{{ name = "before", weight = {1 - r.share:.6g} }}, {{ {new} }}]\n')
 
 def _apply(settings: Settings, r: Release):
@@ -141,15 +145,20 @@ def _fits(settings: Settings, r: Release):
         all_experiments(settings.resolve(settings.experiments.file) if settings.experiments.file else None, tmp)
     (settings.data_dir/".release.try").unlink()
 
-def promote(settings: Settings, version: str, stage: str = "all", why: str = "", share: float | None = None, anyway: bool = False) -> Release:
-    "Let `version` serve all, a `share` of the visitors, or a shadow; the release, which is the last one if it says the same already."
+def _still(settings: Settings, only: Release | None):
+    "`RecsysError` if a release that a decision rests on is no longer the last."
+    if only and releases(settings)[-1] != only: raise RecsysError("something else was released meanwhile", str(history_file(settings)), "see `recsys releases`")
+
+def promote(settings: Settings, version: str, stage: str = "all", why: str = "", share: float = .1, anyway: bool = False, only: Release | None = None) -> Release:
+    "Let `version` serve all, a `share` of the visitors, or a shadow; the release, which is the last one if it says the same already. `only`: if this one is still the last."
     if stage not in ("all", "share", "shadow"): raise RecsysError(f"no stage '{stage}'", "promote", "stages: shadow, share, all")
-    share = 1.0 if stage == "all" else settings.release.share if share is None else share
+    if stage == "all": share = 1.0
     if stage != "all" and not 0 < share < 1: raise RecsysError(f"share = {share}", "promote", "write a number between 0 and 1")
     with release_lock(settings):
         finish(settings)
         _may(settings, version)
         if not anyway: _passed(settings, version)
+        _still(settings, only)
         now, trial, last = serving(settings), on_trial(settings), (releases(settings) or [None])[-1]
         if stage != "all" and (now is None or now == version): raise RecsysError(f"version {version} cannot be tried beside {now or 'nothing'}", "promote", "promote another, or to all")
         same = last and (last.action, last.version, last.stage, last.share) == ("promote", version, stage, share)
@@ -159,11 +168,12 @@ def promote(settings: Settings, version: str, stage: str = "all", why: str = "",
         return _do(settings, r)
 
 # %% ../../nbs/9_operations/28_registry.ipynb #2aaf0699
-def roll_back(settings: Settings, why: str, to: str | None = None) -> Release:
-    "End what is on trial, or let the version before (or `to`) serve again; what is taken away is withdrawn."
+def roll_back(settings: Settings, why: str, to: str | None = None, only: Release | None = None) -> Release:
+    "End what is on trial, or let the version before (or `to`) serve again; what is taken away is withdrawn. `only`: if this release is still the last."
     with release_lock(settings):
         begun = finish(settings)
         if begun and begun.action == "roll_back" and to in (None, begun.version): return begun
+        _still(settings, only)
         now, trial, history = serving(settings), on_trial(settings), releases(settings)
         if to is None and trial and now: to, bad = now, trial
         else:
