@@ -225,3 +225,82 @@ def test_rows_that_count(tmp_path, where, rows):
     a, b = Table(t, "t", where), Table(_written(tmp_path, t), "t", where)
     assert a.rows == b.rows == rows == sum(f.height for _, f in b.batches(["x"], 7)) and a.column("x").to_list() == b.column("x").to_list()
     with pytest.raises(RecsysError, match="no column 'z'"): Table(t, "t", {"z": "1"})
+
+
+def _cut(text, at): return text[:int(len(text) * at)]
+
+@pytest.mark.parametrize("broken, said", [(lambda t: _cut(t, .3), "ends too early"), (lambda t: _cut(t, .7), "ends too early"), (lambda t: t.replace("Tree=1\n", "Gone\n"), "trees of"),
+    (lambda t: t.replace("left_child=1", "left_child=77", 1), "do not meet"), (lambda t: t.replace("split_feature=0", "split_feature=9", 1), "a column that is none"), (lambda t: t.replace("num_leaves=", "num_leaves=9", 1), "lacks nodes"),
+    (lambda t: t.replace("max_feature_idx=1", "max_feature_idx=x"), "no number"), (lambda t: t.replace("tree_sizes", "sizes"), "missing"), (lambda t: t.replace("is_linear=0", "is_linear=1", 1), "linear")])
+def test_a_model_that_is_not_whole_ends_in_one_line(tmp_path, capsys, broken, said):
+    "LightGBM itself ends the process on some of these, and takes others for a smaller model."
+    import lightgbm as lgb
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 2))
+    whole = lgb.train(dict(objective="regression", verbose=-1, num_leaves=7, num_threads=1), lgb.Dataset(x, x[:, 0] + x[:, 1] ** 2, feature_name=["price", "rating"]), 3).model_to_string()
+    a, b = orders(600, 1), orders(600, 2)
+    (tmp_path/"model.txt").write_text(whole)
+    assert run(tmp_path, a, b, "--model", str(tmp_path/"model.txt"))[1]["model"]
+    (tmp_path/"model.txt").write_text(broken(whole)); assert broken(whole) != whole
+    assert run(tmp_path, a, b, "--model", str(tmp_path/"model.txt"))[0] == 1
+    assert said in (err := capsys.readouterr().err) and "not a LightGBM model" in err and err.count("\n") == 1
+
+def test_a_decimal_is_the_number_that_it_says(tmp_path):
+    "Whatever its scale, and beside a float; a time of day is counted in µs."
+    price = lambda seed: np.round(np.random.default_rng(seed).lognormal(3, 1, 4000), 2)
+    as_decimal = lambda x, scale: pl.DataFrame({"price": pl.Series(x).cast(pl.Decimal(18, scale))})
+    for a, b in ((as_decimal(price(1), 2), as_decimal(price(2), 4)), (as_decimal(price(1), 2), pl.DataFrame({"price": price(2)}))):
+        code, r = run(tmp_path, a, b)
+        assert code == 0 and r["columns"][0]["verdict"] == "stable" and r["columns"][0]["histogram"]["edges"][-1] < 1000
+    assert run(tmp_path, as_decimal(price(1), 2), as_decimal(price(2) * 1.5, 4))[0] == 2
+
+@pytest.mark.parametrize("day", [datetime(1970, 1, 1), datetime(1900, 1, 1), datetime(9999, 12, 31)])
+def test_dates_that_somebody_wiped_are_no_clock(tmp_path, day):
+    times = lambda start, n=3000: [start + timedelta(minutes=int(m)) for m in np.random.default_rng(1).integers(0, 20_000, n)]
+    a, later = pl.DataFrame({"at": times(datetime(2026, 1, 1))}), pl.DataFrame({"at": times(datetime(2026, 3, 1))})
+    code, r = run(tmp_path, a, later)
+    assert code == 0 and "a clock" in r["columns"][0]["note"]
+    code, r = run(tmp_path, a, pl.DataFrame({"at": [day] * 3000}))
+    assert code == 2 and r["columns"][0]["verdict"] == "material"
+
+def test_where_nothing_can_be_told_is_not_calm(tmp_path):
+    "Exit code 1, and no talk of lacking data where no data would help."
+    lists, few = pl.DataFrame({"tags": [["a"], ["b"]] * 500}), pl.DataFrame({"x": list(range(5))})
+    for a, b, said in ((lists, lists, "there is no column to compare"), (few, few, "No verdict")):
+        code, r = run(tmp_path, a, b)
+        assert code == 1 and said in r["sentence"] and "lack of data" not in r["sentence"]
+    a = orders(20_000, 1).drop("user_id")
+    code, r = run(tmp_path, a, orders(20_000, 2).drop("user_id").with_columns(new=1, tags=pl.concat_list(pl.lit("x"))))
+    assert code == 0 and "of 4 inputs" in r["sentence"] and "new, or of a type that is not compared" in r["sentence"]
+
+def test_a_column_named_like_a_pattern_is_one_column(tmp_path):
+    a = orders(2000, 1).rename({"price": "*", "basket": "^.*$"})
+    code, r = run(tmp_path, a, orders(2000, 2, 1.5).rename({"price": "*", "basket": "^.*$"}), "--unit", "user_id")
+    assert code == 2 and [c["name"] for c in r["columns"] if c["verdict"] == "material"] == ["*"]
+
+def test_a_place_that_cannot_be_written_and_a_profile_that_is_damaged_end_in_one_line(tmp_path, capsys):
+    a, b = orders(600, 1), orders(600, 2)
+    (tmp_path/"afile").write_text("")
+    for out in ("afile/x", "x" * 5000):
+        assert run(tmp_path, a, b, out=out)[0] == 1 if len(out) < 100 else main(["drift", "--reference", str(tmp_path/"a.parquet"), "--current", str(tmp_path/"b.parquet"), "--out", str(tmp_path/out)]) == 1
+        assert (err := capsys.readouterr().err).startswith("recsys: ") and err.count("\n") == 1
+    assert run(tmp_path, a, b)[1]
+    again = lambda: main(["drift", "--reference", str(tmp_path/"out/profile"), "--current", str(tmp_path/"b.parquet"), "--out", str(tmp_path/"again")])
+    file = tmp_path/"out/profile/profile.json"
+    said = json.loads(file.read_text())
+    for change, what in ((dict(version=9), "version 9"), (dict(buckets=7), "damaged")):
+        file.write_text(json.dumps(said | change)); capsys.readouterr()
+        assert again() == 1 and what in (err := capsys.readouterr().err) and err.count("\n") == 1
+    file.write_text(json.dumps(said)); (tmp_path/"out/profile/values.parquet").unlink()
+    assert again() == 1 and "damaged" in capsys.readouterr().err
+
+def test_since_when_is_not_read_from_birthdays(tmp_path):
+    rng = np.random.default_rng(3)
+    def shop(start, dearer):
+        n = 12_000
+        phone, at = rng.random(n) < .3, [start + timedelta(minutes=int(m)) for m in rng.integers(0, 14_400, n)]
+        late = np.array([t >= start + timedelta(days=5) for t in at])
+        return pl.DataFrame({"born": [datetime(1950, 1, 1) + timedelta(days=int(d)) for d in rng.integers(0, 18_000, n)], "user_id": rng.integers(0, n, n), "price": rng.lognormal(0, 1, n) * np.where(phone & late, dearer, 1.),
+                             "device": np.where(phone, "phone", "desk"), "at": at})
+    code, r = run(tmp_path, shop(datetime(2026, 1, 1), 1), shop(datetime(2026, 3, 1), 8), "--unit", "user_id")
+    assert code == 2 and [(c["value"], c["since"]) for c in r["causes"] if c["column"] == "price"] == [("phone", "2026-03-06")]

@@ -81,7 +81,8 @@ def usual(past: np.ndarray, level: float = .95) -> tuple[float, float, float]:
 
 # %% ../../nbs/7_monitoring/10_business.ipynb #4a21b63f
 def verdict_of(value: float, low: float, high: float, ordinary: float, limit: float) -> str:
-    "Verdict about a `value` whose change has the interval `low` … `high`, with the lower bound of the `ordinary` and the share `limit` that it may fall by."
+    "Verdict about a `value` (NaN: there was nothing to count) whose change has the interval `low` … `high`, with the lower bound of the `ordinary` and the share `limit` that it may fall by."
+    if np.isnan(value) and not np.isnan(ordinary): return "no data"
     if np.isnan([low, high, ordinary]).any(): return "no expectation"
     if high < -limit and value < ordinary: return "breached"
     return "holds" if low > -limit else "unclear"
@@ -143,15 +144,16 @@ def sentence_of(figures: list[dict], health: list[dict]) -> tuple[str, str]:
     "The verdict (good, warning, bad) and the line for the page."
     of = lambda v: [f for f in figures if f["verdict"] == v]
     words = lambda f: f"{f['name'].replace('_', ' ')} {f['change']:+.1%} ({f['change_low']:+.1%} … {f['change_high']:+.1%}, guardrail −{f['limit']:.0%})"
-    broken, poor = of("breached"), [h for h in health if h["verdict"] == "breached"]
+    broken, empty, poor = of("breached"), of("no data"), [h for h in health if h["verdict"] == "breached"]
     low = [f for f in of("unclear") if f["value"] < f["ordinary_low"]]
     said = [f"Guardrail breached: {'; '.join(map(words, broken))}"] if broken else []
+    if empty: said.append(f"nothing was counted for {', '.join(f['name'].replace('_', ' ') for f in empty)}, though there usually is something")
     if low: said.append(f"lower than usual, but too close to the guardrail to call: {'; '.join(map(words, low))}")
     if rest := [f["name"].replace("_", " ") for f in of("unclear") if f not in low]: said.append(f"as usual, with too few visitors to rule out a fall by the guardrail: {', '.join(rest)}")
     if kept := of("holds"): said.append(f"{len(kept)} guardrail{'s hold' if len(kept) > 1 else ' holds'}")
     if waits := of("no expectation"): said.append(f"not enough past weeks for {', '.join(f['name'].replace('_', ' ') for f in waits)}")
     said += [f"only {h['value']:.1%} of the items for sale {HEALTH[h['name']]} (floor {h['floor']:.0%})" for h in poor]
-    return "bad" if broken else "warning" if low or poor else "good", ". ".join(s[0].upper() + s[1:] for s in said) + "." if said else "There are no figures to judge."
+    return "bad" if broken or empty else "warning" if low or poor else "good", ". ".join(s[0].upper() + s[1:] for s in said) + "." if said else "There are no figures to judge."
 
 # %% ../../nbs/7_monitoring/10_business.ipynb #ca1af680
 def pairs_of(pairs: tuple[str, ...]) -> dict[str, float]:

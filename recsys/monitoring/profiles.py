@@ -139,7 +139,10 @@ def load_frozen(folder: str | Path) -> tuple[dict[str, Frozen], str | None, int]
     folder = Path(folder)
     try: said = msgspec.json.decode((folder/"profile.json").read_bytes(), type=_ProfileFile)
     except (OSError, msgspec.DecodeError): raise RecsysError("not a profile", str(folder), "name the folder of one, or a Parquet file") from None
-    parts = {c: p.drop("column") for (c,), p in pl.read_parquet(folder/"values.parquet").group_by("column", maintain_order=True)}
+    if said.version != 1: raise RecsysError(f"a profile of version {said.version}, where 1 is known", str(folder), "make it again from its table")
+    try: values = pl.read_parquet(folder/"values.parquet")
+    except (OSError, pl.exceptions.PolarsError) as e: raise RecsysError(f"a damaged profile ({str(e).splitlines()[0][:80]})", str(folder), "make it again from its table") from None
+    parts = {c: p.drop("column") for (c,), p in values.group_by("column", maintain_order=True)}
     frozen = {c.name: Frozen(c.name, c.kind, c.dtype, np.array(c.edges, float), c.scale, parts.get(c.name, NO_VALUES), tuple(c.top), c.crowded) for c in said.columns}
     return frozen, said.unit, said.buckets
 
@@ -147,7 +150,9 @@ def load_frozen(folder: str | Path) -> tuple[dict[str, Frozen], str | None, int]
 def load_profile(folder: str | Path) -> Profile:
     "A profile from its folder."
     frozen, unit, buckets = load_frozen(folder)
-    return Profile(frozen, read_window(Path(folder)/"window.parquet", frozen, buckets), unit, buckets)
+    try: window = read_window(Path(folder)/"window.parquet", frozen, buckets)
+    except (OSError, ValueError, LookupError, pl.exceptions.PolarsError) as e: raise RecsysError(f"a damaged profile ({str(e).splitlines()[0][:80]})", str(folder), "make it again from its table") from None
+    return Profile(frozen, window, unit, buckets)
 
 # %% ../../nbs/7_monitoring/05_profiles.ipynb #cc78592c
 def _safe(text: str) -> str:

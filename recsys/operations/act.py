@@ -55,10 +55,11 @@ def business_findings(said: dict, day: str, page: str) -> list[Finding]:
     "Findings about the figures of the shop and the health of its catalogue."
     found = []
     for f in said["figures"]:
-        low = f["verdict"] == "unclear" and f["value"] < f["ordinary_low"]
+        low, name = f["verdict"] == "unclear" and f["value"] < f["ordinary_low"], f["name"].replace("_", " ")
+        if f["verdict"] == "no data": found.append(Finding("business", f["name"], "critical", 0., _number(f["expected"]), day, page, f"nothing was counted for {name}, which is usually {_number(f['expected']):.4g}"))
         if f["verdict"] == "breached" or low:
             found.append(Finding("business", f["name"], "warning" if low else "critical", _number(f["change"]), -f["limit"], day, page,
-                                 f"{f['name'].replace('_', ' ')} {f['change']:+.1%} ({f['change_low']:+.1%} to {f['change_high']:+.1%}), guardrail -{f['limit']:.0%}" + (", too close to call" if low else "")))
+                                 f"{name} {f['change']:+.1%} ({f['change_low']:+.1%} to {f['change_high']:+.1%}), guardrail -{f['limit']:.0%}" + (", too close to call" if low else "")))
     return found + [Finding("business", f"catalogue {h['name']}", "info", _number(h["value"]), h["floor"], day, page, f"only {h['value']:.1%} of the items are {h['name'].replace('_', ' ')} (floor {h['floor']:.0%})")
                     for h in said["health"] if h["verdict"] == "breached"]
 

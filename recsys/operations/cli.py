@@ -325,8 +325,6 @@ def _experiment_gate(a):
     print(f"{said.verdict}: {said.sentence}; {said.overlap.rows:,} explored places, {said.overlap.effective:,.0f} effective")
     return 0 if said.verdict == "open" else 4
 
-
-
 # %% ../../nbs/9_operations/07_cli.ipynb #fea7f05f
 def _keys_new(a):
     from recsys.serving.keys import new_key
@@ -686,7 +684,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\nrecsys: interrupted; what was finished stays, the next run goes on from there", file=sys.stderr); code = 130
     except Exception as e:
         from recsys.core.settings import RecsysError
-        if not isinstance(e, RecsysError): raise
+        if not isinstance(e, RecsysError | OSError): raise
+        if isinstance(e, OSError) and e.filename: e = RecsysError(e.strerror, str(e.filename), "see that it can be read and written, and that there is room")
         print(f"recsys: {' '.join(str(e).split())}", file=sys.stderr)
         code = getattr(e, "exit_code", 1)
     if argv is None: sys.exit(code)

@@ -27,6 +27,7 @@ from ..monitoring.profiles import Store, kept, load_profile, save_profile, shop_
 from ..monitoring.root_cause import Cause, cause_sentence, kept_causes, root_causes
 from ..monitoring.statistics import Table, measure
 from ..monitoring.watch import plan_of
+from ..ranking.scorer import flaw_of
 from .report import Block, cards, details, escape, headline, html_table, note, page, show
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #9e1b7197
@@ -225,7 +226,8 @@ def read_model(path: str | Path, schemas: list[dict]):
     "A LightGBM model from its text file, whose features are numeric columns of the tables with these schemas."
     import lightgbm as lgb
     if not Path(path).exists(): raise RecsysError("no such file", str(path), "give the text file of a LightGBM model")
-    try: model = lgb.Booster(model_file=str(path))
+    if flaw := flaw_of(text := Path(path).read_text(encoding="utf-8", errors="replace")): raise RecsysError(f"not a LightGBM model ({flaw})", str(path), "save one with Booster.save_model")
+    try: model = lgb.Booster(model_str=text)
     except lgb.basic.LightGBMError as e: raise RecsysError(f"not a LightGBM model ({str(e).splitlines()[0][:100]})", str(path), "save one with Booster.save_model") from None
     if model.num_model_per_iteration() != 1: raise RecsysError("the model has several outputs per row", str(path), "give a model with one score")
     for schema in schemas:
@@ -446,10 +448,10 @@ def shop_cards(said: dict) -> list[tuple]:
     "Six figures of drift.json."
     columns, b = said["comparison"]["columns"], said["business"]["figures"]
     moved, share = [c["name"] for c in columns if c["verdict"] == "material"], {a["name"]: a["share_before"] for a in said["attribution"]}
-    broken, same = [f["name"] for f in b if f["verdict"] == "breached"], [s["identical"] for s in said["skew"] if s["identical"] is not None]
+    broken, same = [f["name"] for f in b if f["verdict"] in ("breached", "no data")], [s["identical"] for s in said["skew"] if s["identical"] is not None]
     changed = sum(bool(f["since"]) for c in said["concept"] if c["drift"] for f in c["drift"]["findings"])
     return [("Moved materially", f"{len(moved)} of {len(columns)}", "inputs and the score"), ("Their weight", f"{sum(share.get(n, 0) for n in moved):.0%}", "share of mean |SHAP|"),
-            ("Order of the inputs", f"{said['attribution_ndcg']:.3f}", "NDCG; 1 is unchanged, below .9 alarms"), ("Guardrails", f"{len(b) - len(broken)} of {len(b)} hold", ", ".join(broken[:3]) or "of the shop's figures"),
+            ("Order of the inputs", f"{said['attribution_ndcg']:.3f}", "NDCG; 1 is unchanged, below .9 alarms"), ("Guardrails", f"{sum(f['verdict'] == 'holds' for f in b)} of {len(b)} hold", ", ".join(broken[:3]) or "of the shop's figures"),
             ("Served as learnt", "–" if not same else f"{min(same):.1%}", "rows, to the bit" if same else "no list with features"), ("What follows a score", f"{changed} changed" if said["concept"] else "–", "streams of outcomes" if said["concept"] else "no impressions")]
 
 # %% ../../nbs/9_operations/20_drift_page.ipynb #42902cd0
