@@ -149,6 +149,8 @@ def test_the_image_copies_what_exists_and_takes_wheels_only():
     for line in re.findall(r"^COPY (?!--from)(.*)$", IMAGE, re.M):
         for source in line.split()[:-1]: assert (ROOT/source).exists(), source
     kept = {l[1:] for l in (ROOT/"deploy"/"Containerfile.dockerignore").read_text().splitlines() if l.startswith("!")}
+    shipped = re.search(r"SHIPPED = (\(.*?\))", (ROOT/"setup.py").read_text(), re.S).group(1)
+    assert {str(PurePosixPath(p).parent) if "*" in p else p for p in re.findall(r'"([^"]+)"', shipped)} <= kept, "what every installation has is in the image"
     assert kept == {s for line in re.findall(r"^COPY (?!--from)(.*)$", IMAGE, re.M) for s in line.split()[:-1]}
     assert "--only-binary :all: -c constraints.txt" in IMAGE and IMAGE.count("pip install") == 1 and len(set(re.findall(r"^FROM (\S+)", IMAGE, re.M))) == 1
     assert IMAGE.rstrip().rpartition("USER")[2].count("RUN") == 0, "nothing is done as root after USER"
