@@ -10,7 +10,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from recsys.core.files import write_json
 from recsys.evaluation.labels import add_label, labels_digest, read_labels
 from recsys.operations.act import Held, check_hold, decide_failure, decide_on, decisions_file, drift_findings, experiment_findings, person_falls_back, run_findings
-from recsys.operations.alerts import answer, listing
+from recsys.operations.alerts import answer, listing, read_cases
 from recsys.operations.decisions import Decision, Finding, read_decisions
 from recsys.serving.fallback import read_fallback, set_fallback
 from shop import ROOT, recsys, settings_text
@@ -38,6 +38,19 @@ def test_failed_runs_give_no_all_clear(tmp_path):
     assert read_fallback(s.data_dir) and {r["key"] for r in listing(s, now=T + 6*DAY)} == {"attribution:price", "pipeline:drift"}
     on(s, 6); assert read_fallback(s.data_dir)
     on(s, 7); assert read_fallback(s.data_dir) is None and listing(s, now=T + 7*DAY) == []
+
+def test_a_failure_that_comes_back_weeks_later_is_told_again_and_decided_once(tmp_path):
+    "The export is missing, is repaired, and weeks later it is missing again: the very same line."
+    s = shop(tmp_path)
+    fail = lambda k: decide_failure(s, "ingest", "the export is not there", day(k), "latest", T + k*DAY)
+    fail(1)
+    assert [r["key"] for r in listing(s, now=T + DAY)] == ["pipeline:ingest"]
+    for k in range(2, 9): on(s, k)
+    assert listing(s, now=T + 8*DAY) == []
+    again = fail(9)
+    assert (again.day, again.action) == (day(9), "ask") and [r["key"] for r in listing(s, now=T + 9*DAY)] == ["pipeline:ingest"]
+    assert [c.alert.day for c in read_cases(s).values()] == [day(1), day(9)], "a case of its own, which people are told of"
+    assert fail(9) == again and len(read_decisions(decisions_file(s))) == 9
 
 def test_a_false_alarm_counts_no_more_until_it_has_gone_or_is_worse(tmp_path):
     s = shop(tmp_path)

@@ -278,10 +278,10 @@ def read_decisions(path: str | Path) -> list[Decision]:
     return sorted(found, key=lambda d: d.day[:10])
 
 def settle(path: str | Path, findings: list[Finding], policy: Policy, today: str, of: str) -> Decision:
-    "The decision of the run `of`: the one in the log, or a new one that is added to it."
+    "The decision of the run `of` on this day: the one in the log, or a new one that is added to it."
     with journal(path) as (_, add):
         history = read_decisions(path)
-        if done := next((d for d in history if d.of == of), None): return done
+        if done := next((d for d in history if d.of == of and d.day[:10] == today[:10]), None): return done
         made = decide(findings, [d for d in history if d.day[:10] <= today[:10]], policy, today, of)
         add(encode(made))
     return made
