@@ -105,7 +105,7 @@ def test_publication_waits_too_when_it_is_asked_because_a_budget_is_used_up(tmp_
 verdicts = st.sampled_from(["stable", "moved but immaterial", "material", "not enough data"])
 number = st.one_of(st.none(), st.floats(-1e9, 1e9), st.just(float("nan")), st.just(float("inf")))
 columns = st.builds(dict, name=st.sampled_from(["price", "score", "a.b", "ü", "x:y"]), verdict=verdicts, effect_name=st.sampled_from(["psi", "missing", "unseen", "wasserstein", ""]),
-                    effect=number, limit=number, severity=st.floats(0, 100))
+                    effect=number, limit=number, severity=st.floats(0, 100), note=st.sampled_from(["", "gone: the current window has no such column"]))
 shares = st.builds(lambda n, b, a, c: dict(name=n, share_before=b, share_after=a, collapsed=c), st.sampled_from("pqr"), st.floats(0, 1), st.floats(0, 1), st.booleans())
 reports = st.builds(lambda c, w, a, s, n, lists: dict(comparison=dict(columns=c), weeks=dict(events=dict(comparison=dict(columns=w)), served=None), attribution=list({x["name"]: x for x in a}.values()),
     attribution_segments=s, attribution_ndcg=n, lists=dict(alarm=lists, sentence="x"), concept=[dict(kind="click", drift=None, performance=[])], skew=[], business=dict(figures=[], health=[])),
@@ -118,8 +118,29 @@ def test_every_report_can_be_read(said):
     found = drift_findings(said, "2026-03-02", "drift.html", 10)
     assert msgspec.json.decode(msgspec.json.encode(found), type=list[Finding]) == found == drift_findings(said, "2026-03-02", "drift.html", 10)
     material = {c["name"] for c in said["comparison"]["columns"] if c["verdict"] == "material"}
-    assert {f.where for f in found if f.kind in ("data", "prediction") and "." not in f.where and f.where != "lists"} == {m for m in material if "." not in m}
+    assert {f.where.partition(" ")[0] for f in found if f.kind in ("data", "prediction") and "." not in f.where and f.where != "lists"} == {m for m in material if "." not in m}
     assert any(f.kind == "attribution" and f.severity == "critical" for f in found) == (any(a["collapsed"] and a["share_before"] >= .02 for a in said["attribution"]) or any(x["collapsed"] for x in said["attribution_segments"]))
+
+def of_price(effect_name, effect, times=25., **more):
+    said = DRIFT | dict(comparison=dict(columns=[COLUMN | dict(effect_name=effect_name, effect=effect, severity=times) | more]))
+    return drift_findings(said, "2026-03-02", "drift.html", 10)
+
+@pytest.mark.parametrize("name, effect", [("missing", .02), ("missing", 1.), ("unseen", .11), ("unseen", .9), ("", None)], ids=str)
+def test_one_approval_lets_nothing_else_of_the_column_through(tmp_path, name, effect):
+    "Approved: 5 % of the prices were never seen. The day after, something else is wrong with them, or much more."
+    s = shop(tmp_path)
+    assert on(s, 0, *of_price("unseen", .05)).action == "ask"
+    answer(s, listing(s, now=T)[0]["id"], "approved", "a new price list", "Ada", now=T)
+    assert on(s, 1, *of_price("unseen", .06)).action == "nothing"
+    d = on(s, 2, *of_price(name, effect, note="gone: the current window has no such column"))
+    assert d.action == "ask" and d.holds
+    said, = [r for r in listing(s, now=T + 2*DAY) if r["state"] == "open"]
+    case = read_cases(s)[said["id"]]
+    assert said["severity"] == "critical" and case.notices[-1].at[:10] == day(2) and case.notices[-1].act == ("worse" if name == "unseen" else "raised")
+
+def test_a_column_that_is_gone_or_of_another_type_is_critical_and_says_so():
+    f, = of_price("", None, 0., note="the type changed from numeric to categorical", limit=None)
+    assert (f.severity, f.what) == ("critical", "price: the type changed from numeric to categorical") and f.value > f.threshold
 
 def test_a_missing_drift_report_is_a_finding(tmp_path):
     write_json(tmp_path/"ingest/ingest.json", dict(moment="2026-03-02T05:00:00+00:00"))

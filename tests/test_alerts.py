@@ -1,5 +1,5 @@
 "Alerts through a real web server and a real mail server: told once, signed, kept while nobody listens, and answered."
-import json, os, random, shutil, signal, socket, ssl, subprocess, sys, time
+import json, math, os, random, shutil, signal, socket, ssl, subprocess, sys, time
 import threading
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -202,7 +202,7 @@ def test_one_that_was_escalated_and_snoozed_is_escalated_again_when_nobody_answe
 def test_a_worse_one_is_a_new_question_and_a_flickering_one_is_not(hook, tmp_path):
     s = shop(tmp_path, webhook=hook.url)
     c = raise_alert(s, alert(), T); answer(s, c.id, "approved", by="Ada", now=T)
-    assert words(s, T) == {"data:price": ("approved", "warning")}
+    assert words(s, T) == {"data:price": ("approved", "warning", math.inf)}
     raise_alert(s, alert(severity="critical"), T + HOUR)
     assert words(s, T + HOUR) == {} and read_cases(s)[c.id].state(T + HOUR) == "open"
     answer(s, c.id, "vetoed", by="Ada", now=T + HOUR)
@@ -210,10 +210,22 @@ def test_a_worse_one_is_a_new_question_and_a_flickering_one_is_not(hook, tmp_pat
         close_gone(s, "decisions", set(), T + k*HOUR)
         raise_alert(s, alert(severity="warning" if k % 2 else "critical"), T + (k + .5)*HOUR)
     deliver(s, T + 12*HOUR)
-    assert [t["act"] for t in told(hook)] == ["raised", "worse"] and words(s, T + 12*HOUR) == {"data:price": ("vetoed", "critical")}
+    assert [t["act"] for t in told(hook)] == ["raised", "worse"] and words(s, T + 12*HOUR) == {"data:price": ("vetoed", "critical", math.inf)}
     close_gone(s, "decisions", set(), T + 13*HOUR)
     again = raise_alert(s, alert(), T + 13*HOUR + timedelta(hours=s.alerts.reopen_hours + 1))
     assert again.id != c.id and words(s, T + 14*DAY) == {}
+
+def test_an_answer_holds_up_to_twice_the_size_that_it_was_given_to(hook, tmp_path):
+    s = shop(tmp_path, webhook=hook.url)
+    c = raise_alert(s, alert(severity="critical", size=.05), T); answer(s, c.id, "approved", by="Ada", now=T)
+    for k, size in enumerate((.07, .09, .1), 1): raise_alert(s, alert(severity="critical", size=size, day=f"2026-03-0{2 + k}"), T + k*DAY)  # it creeps
+    assert words(s, T + 3*DAY) == {"data:price": ("approved", "critical", .1)}
+    close_gone(s, "decisions", set(), T + 3*DAY)
+    raise_alert(s, alert(severity="critical", size=.11, day="2026-03-06"), T + 3*DAY + HOUR)
+    deliver(s, T + 4*DAY)
+    assert words(s, T + 4*DAY) == {} and read_cases(s)[c.id].state(T + 4*DAY) == "open" and [t["act"] for t in told(hook)] == ["raised", "worse"]
+    answer(s, c.id, "labelled", "false a feed of another shop", by="Ada", now=T + 4*DAY)
+    assert words(s, T + 4*DAY) == {"data:price": ("false", "critical", .22)}
 
 def test_only_its_own_alerts_are_closed(tmp_path):
     s = shop(tmp_path)

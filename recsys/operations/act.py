@@ -29,10 +29,11 @@ def column_findings(comparison: dict, prefix: str, day: str, page: str, broken_t
     found = []
     for c in comparison["columns"]:
         if c["verdict"] != "material": continue
-        broken = c["effect_name"] in ("missing", "unseen") and c["severity"] >= broken_times
-        kind = "prediction" if c["name"] == "score" else "data"
-        found.append(Finding(kind, f"{prefix}{c['name']}", "critical" if broken else "warning", _number(c["effect"]), _number(c["limit"]), day, page,
-                             f"{prefix}{c['name']} moved: {c['effect_name']} {_number(c['effect']):.3g} (limit {_number(c['limit']):.3g})"))
+        kind, name, effect = "prediction" if c["name"] == "score" else "data", f"{prefix}{c['name']}", c["effect_name"]
+        if not effect: found.append(Finding(kind, f"{name} unreadable", "critical", 1., 0., day, page, f"{name}: {c['note']}")); continue
+        hole = effect in ("missing", "unseen")
+        found.append(Finding(kind, f"{name} {effect}" if hole else name, "critical" if hole and c["severity"] >= broken_times else "warning", _number(c["effect"]), _number(c["limit"]), day, page,
+                             f"{name} moved: {effect} {_number(c['effect']):.3g} (limit {_number(c['limit']):.3g})", size=abs(_number(c["effect"]))))
     return found
 
 def _number(x) -> float:
@@ -131,9 +132,9 @@ def run_findings(folders: dict[str, Path], settings: Settings) -> list[Finding]:
     return sorted_findings(found + experiment_findings(settings.reports_dir, day))
 
 # %% ../../nbs/9_operations/27_act.ipynb #f47ea129
-def with_words(findings: list[Finding], said: dict[str, tuple[str, str]]) -> list[Finding]:
-    "Findings with what people said of their alerts: {key: (word, up to which severity it holds)}."
-    holds = lambda f: f.key in said and SEVERITIES.index(f.severity) <= SEVERITIES.index(said[f.key][1])
+def with_words(findings: list[Finding], said: dict[str, tuple[str, str, float]]) -> list[Finding]:
+    "Findings with what people said of their alerts: {key: (word, up to which severity and size it holds)}."
+    holds = lambda f: f.key in said and SEVERITIES.index(f.severity) <= SEVERITIES.index(said[f.key][1]) and f.size <= said[f.key][2]
     return [msgspec.structs.replace(f, word=said[f.key][0]) if holds(f) else f for f in findings]
 
 # %% ../../nbs/9_operations/27_act.ipynb #d9e545c3
@@ -146,7 +147,7 @@ DEEDS = dict(nothing="", refresh="Candidates are made anew.", retrain="The model
 def alert_of(f: Finding, d: Decision) -> Alert:
     "A finding as an alert, with what was done about it."
     acted = d.action != "nothing" and d.calls.get(f.key) == d.action
-    return Alert(f.key, f.severity, f.what or f"{f.key}: {f.value:.4g} beyond {f.threshold:.4g}", " ".join(filter(None, (ADVICE[f.kind], DEEDS[d.action] if acted else ""))), f.evidence, f.day, source="decisions", asks=acted and d.action in ("ask", "fall_back"))
+    return Alert(f.key, f.severity, f.what or f"{f.key}: {f.value:.4g} beyond {f.threshold:.4g}", " ".join(filter(None, (ADVICE[f.kind], DEEDS[d.action] if acted else ""))), f.evidence, f.day, source="decisions", asks=acted and d.action in ("ask", "fall_back"), size=f.size)
 
 def decisions_file(settings: Settings) -> Path: return settings.data_dir/"decisions.jsonl"
 

@@ -35,6 +35,7 @@ class Finding(Struct, frozen=True, omit_defaults=True):
     what: str = ""       # in words
     since: str = ""      # when it began, ISO, where that is known
     word: str = ""       # what a person said of it: approved, vetoed or false
+    size: float = 0.     # how large it is, where more is worse; 0: that cannot be said
 
     @property
     def key(self) -> str: return f"{self.kind}:{self.where}"
