@@ -108,6 +108,11 @@ def test_what_would_have_changed_it_is_true(stream, policy):
             other = decide(d.findings, filler, policy, d.day)
         assert (other.action, other.fallback) == (c.action, c.fallback), c.had
 
+@given(st.sampled_from(["approved", "false"]), st.sampled_from(INPUTS))
+def test_a_word_that_lets_something_through_is_among_what_would_have_changed_it(word, kind):
+    d = decide([Finding(kind, "price", "critical", 1., .02, "2026-01-01", word=word)], [], USUAL, "2026-01-01")
+    assert d.action == "nothing" and [(c.had, c.action) for c in d.would_have_changed] == [(f"nobody said '{word}' of {kind}:price", USUAL.critical[kind])]
+
 @given(st.lists(findings, max_size=4), policies)
 def test_what_does_not_change_is_decided_once(found, policy):
     "A stream of the same findings falls back at most once and then stays; without findings nothing is done at all."

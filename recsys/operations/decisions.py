@@ -265,7 +265,6 @@ def decide(findings: list[Finding],      # what was found, in any order
     action, level, because, called = _chosen(findings, past, policy)
     others = []
     for had, fs, p, lasting in variations(findings, past, policy, called):
-        if len(unsound(fs)) > len(unsound(findings)): continue
         if (other := _chosen(fs, past, p, lasting)[:2]) != (action, level): others.append(Change(had, *other))
     return Decision(today, action, because, level, called, findings, others, of=of)
 
