@@ -111,6 +111,14 @@ reports = st.builds(lambda c, w, a, s, n, lists: dict(comparison=dict(columns=c)
     attribution_segments=s, attribution_ndcg=n, lists=dict(alarm=lists, sentence="x"), concept=[dict(kind="click", drift=None, performance=[])], skew=[], business=dict(figures=[], health=[])),
     st.lists(columns, max_size=4), st.lists(columns, max_size=4), st.lists(shares, max_size=3), st.lists(st.builds(dict, segment=st.just("home"), collapsed=st.lists(st.sampled_from("pqr"), max_size=2)), max_size=2),
     st.floats(0, 1), st.booleans())
+vectors = st.builds(lambda share, low, bare: dict(alarm=bare or low > .5, bare=dict(value=share, limit=.02, alarm=bare), lost=None if share == 1 else dict(value=low, low=low), limit=.5, sentence="vectors"), st.floats(.02, 1), st.floats(0, 1), st.booleans())
+
+@given(vectors)
+def test_what_alarms_of_the_item_vectors_is_a_finding(said):
+    found = drift_findings(DRIFT | dict(comparison=dict(columns=[]), embeddings=said), "2026-03-02", "drift.html", 10)
+    lost = said["lost"] and said["lost"]["low"] > .5
+    assert {f.key for f in found} == ({"prediction:vectors missing"} if said["bare"]["alarm"] else set()) | ({"prediction:vectors"} if lost else set())
+    assert all((f.severity == "critical") == (f.where == "vectors missing" and said["bare"]["value"] >= .2) and f.what == "vectors" for f in found)
 
 @given(reports)
 @hypothesis_settings(max_examples=80)

@@ -73,6 +73,24 @@ def test_what_gives_a_version_away_is_named():
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize("how", [0, np.nan])
+@pytest.mark.parametrize("share", [.1, .9, 1])
+def test_vectors_that_vanish_of_items_that_are_still_there_alarm(how, share):
+    *calm, b = (vectors(seed=k) for k in range(4))
+    assert not em.embedding_drift([*calm, b], PLAN)["alarm"]
+    b.x[:int(share * 300)] = how
+    found = em.embedding_drift([*calm, b], PLAN)
+    assert found["alarm"] and found["bare"]["value"] == pytest.approx(share) and f"{share:.0%} of the items that had a vector have none now" in found["sentence"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_items_that_left_the_catalogue_or_usually_lose_theirs_do_not_alarm():
+    assert not em.embedding_drift([vectors(seed=1), vectors(seed=2, first=100)], PLAN)["alarm"]        # a third of them is no longer sold
+    versions = [vectors(seed=k) for k in range(5)]
+    for k, v in enumerate(versions): v.x[20 * k:20 * (k + 1)] = 0                                    # each training leaves others out
+    assert not em.embedding_drift(versions, PLAN)["alarm"]
+
+
 @pytest.mark.parametrize("what", ["zeros", "nan", "few", "none", "other", "one kind", "new items", "other width"])
 def test_odd_versions_get_a_sentence(what):
     a, b = vectors(seed=1), vectors(seed=2)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['K', 'MOST', 'BLOCK', 'FOLDS', 'FEW', 'ITEM_NAMES', 'Vectors', 'with_vector', 'sample_of', 'unit_rows', 'nearest',
-           'kept', 'aligned', 'item_rows', 'area', 'numbers', 'told_apart', 'lost', 'by_category', 'embedding_drift',
-           'rows_compared', 'vectors_sentence', 'vectors_of', 'embeddings_run', 'bundles_compared']
+           'kept', 'aligned', 'item_rows', 'area', 'numbers', 'told_apart', 'lost', 'by_category', 'bare_share',
+           'bare_items', 'bare_sentence', 'embedding_drift', 'rows_compared', 'vectors_sentence', 'vectors_of',
+           'embeddings_run', 'bundles_compared']
 
 # %% ../../nbs/7_monitoring/12_embeddings.ipynb #7d5a9985
 from pathlib import Path
@@ -153,21 +154,38 @@ def by_category(a: Vectors, b: Vectors, least: int = 20) -> list[dict]: # catego
     f = kept(a, b).join(of, on="item_id").drop_nulls("category").group_by("category").agg(items=pl.len(), lost=1 - pl.col("kept").mean())
     return f.filter(pl.col("items") >= least).sort("lost", "category", descending=[True, False]).to_dicts()
 
-# %% ../../nbs/7_monitoring/12_embeddings.ipynb #199c0713
+# %% ../../nbs/7_monitoring/12_embeddings.ipynb #2039be8c
 FEW = 50 # items that two versions must have in common
 
+def bare_share(a: Vectors, b: Vectors) -> float | None: # None: fewer than FEW items
+    "The share of the items with a vector in `a` and still listed in `b` that have none in `b`."
+    had = set(with_vector(a).ids) & set(b.ids)
+    return len(had - set(with_vector(b).ids)) / len(had) if len(had) >= FEW else None
+
+def bare_items(versions: list[Vectors], limit: float) -> dict: # value, usual, limit, alarm
+    "Items that lost their vector from the last but one version to the last, against past pairs and a least limit."
+    *past, now = (bare_share(a, b) for a, b in zip(versions, versions[1:]))
+    usual = [v for v in past if v is not None]
+    most = max(limit, natural_limit(usual) or 0)
+    return dict(value=now, usual=usual, limit=most, alarm=now is not None and now > most)
+
+def bare_sentence(bare: dict) -> str:
+    "An alarm about them, in words; empty without one."
+    return f"{bare['value']:.0%} of the items that had a vector have none now (limit {bare['limit']:.0%}). " if bare["alarm"] else ""
+
+# %% ../../nbs/7_monitoring/12_embeddings.ipynb #199c0713
 def embedding_drift(versions: list[Vectors], plan: Plan, limit: float = .5) -> dict:
-    """The newest of `versions` (oldest first, at least two) against the one before: version, before, items (both, new, gone), lost, usual (of past pairs), limit, aligned, classifier, categories, comparison, alarm, sentence.
+    """The newest of `versions` (oldest first, at least two) against the one before: version, before, items (both, new, gone), bare, lost, usual (of past pairs), limit, aligned, classifier, categories, comparison, alarm, sentence.
 
     `limit`: share of neighbours that may be lost where past pairs show no more."""
-    *older, a, b = map(with_vector, versions)
+    bare, (*older, a, b) = bare_items(versions, plan.limits["missing"]), map(with_vector, versions)
     gone, new = len(set(a.ids) - set(b.ids)), len(set(b.ids) - set(a.ids))
-    out = dict(version=b.version, before=a.version, items=dict(both=len(a.ids) - gone, new=new, gone=gone), usual=[], limit=limit, lost=None, aligned=None, classifier=None, categories=[], comparison=None, alarm=False)
-    if out["items"]["both"] < FEW: return out | dict(sentence=f"Item vectors cannot be compared: {out['items']['both']} items have one in both versions, {FEW} are needed.")
+    out = dict(version=b.version, before=a.version, items=dict(both=len(a.ids) - gone, new=new, gone=gone), bare=bare, usual=[], limit=limit, lost=None, aligned=None, classifier=None, categories=[], comparison=None, alarm=bare["alarm"])
+    if out["items"]["both"] < FEW: return out | dict(sentence=f"{bare_sentence(bare)}Item vectors cannot be compared: {out['items']['both']} items have one in both versions, {FEW} are needed.")
     chain = [*older, a]
     usual = [l["value"] for p, q in zip(chain, chain[1:]) if (l := lost(p, q, plan.seed))["value"] is not None]
     now, most = lost(a, b, plan.seed), max(limit, natural_limit(usual) or 0)
-    alarm = now["low"] > most
+    alarm = bare["alarm"] or now["low"] > most
     before = (older[-1] if older else None, a if older else None)
     ra, rb = item_rows(a, before[0]), item_rows(b, before[1])
     place = {i: n for n, i in enumerate(b.ids)}
@@ -190,8 +208,9 @@ def vectors_sentence(found: dict) -> str:
     text = f"Items lost {l['value']:.0%} of their {K} nearest neighbours ({l['low']:.0%} to {l['high']:.0%}) since {found['before'] or 'the version before'}{often}"
     give = [c["name"] for c in t["columns"] if c["loss"] > .02][:3]
     text += f"; a classifier tells the versions apart with an area of {t['auc']:.2f}" + (f", by {', '.join(give)}" if give and t["low"] > .55 else "")
-    if found["alarm"] and found["categories"]: text += f"; most were lost in {found['categories'][0]['category']} ({found['categories'][0]['lost']:.0%})"
-    return f"Item vectors {'changed more than they should' if found['alarm'] else 'changed no more than they may'}: {text}."
+    much = l["low"] > found["limit"]
+    if much and found["categories"]: text += f"; most were lost in {found['categories'][0]['category']} ({found['categories'][0]['lost']:.0%})"
+    return f"{bare_sentence(found['bare'])}Item vectors {'changed more than they should' if much else 'changed no more than they may'}: {text}."
 
 # %% ../../nbs/7_monitoring/12_embeddings.ipynb #b2b86fdb
 ITEM_NAMES = [f.name for f in ITEM]

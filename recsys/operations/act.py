@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'DEEDS', 'column_findings', 'attribution_findings', 'business_findings', 'concept_findings',
-           'drift_findings', 'quality_findings', 'check_findings', 'experiment_findings', 'failure_finding',
-           'moment_day', 'run_findings', 'with_words', 'alert_of', 'decisions_file', 'do', 'made_from', 'decide_on',
-           'decide_run', 'decision_in', 'still_decided', 'Held', 'check_hold', 'decide_failure', 'shop_day',
-           'person_falls_back', 'decision_rows', 'finding_rows', 'verdict_of', 'status_lines']
+           'vector_findings', 'drift_findings', 'quality_findings', 'check_findings', 'experiment_findings',
+           'failure_finding', 'moment_day', 'run_findings', 'with_words', 'alert_of', 'decisions_file', 'do',
+           'made_from', 'decide_on', 'decide_run', 'decision_in', 'still_decided', 'Held', 'check_hold',
+           'decide_failure', 'shop_day', 'person_falls_back', 'decision_rows', 'finding_rows', 'verdict_of',
+           'status_lines']
 
 # %% ../../nbs/9_operations/27_act.ipynb #1a1f0052
 import math
@@ -77,6 +78,13 @@ def concept_findings(said: list[dict], day: str, page: str) -> list[Finding]:
     return found
 
 # %% ../../nbs/9_operations/27_act.ipynb #e8e3bb26
+def vector_findings(said: dict, day: str, page: str, broken_times: float) -> list[Finding]:
+    "Findings about the item vectors, as `embedding_drift` gives them: those that vanished, and those that changed more than trainings do."
+    bare, lost, found = said.get("bare") or {}, said.get("lost"), []
+    if bare.get("alarm"): found.append(Finding("prediction", "vectors missing", "critical" if bare["value"] >= broken_times * bare["limit"] else "warning", _number(bare["value"]), _number(bare["limit"]), day, page, said["sentence"], size=bare["value"]))
+    if said.get("alarm") and lost and lost["low"] > said["limit"]: found.append(Finding("prediction", "vectors", "warning", _number(lost["value"]), _number(said["limit"]), day, page, said["sentence"]))
+    return found
+
 def drift_findings(said: dict, day: str, page: str, broken_times: float) -> list[Finding]:
     "Findings of a drift.json."
     found = column_findings(said["comparison"], "", day, page, broken_times) + attribution_findings(said, day, page)
@@ -85,6 +93,7 @@ def drift_findings(said: dict, day: str, page: str, broken_times: float) -> list
     if "business" in said: found += business_findings(said["business"], day, page)
     found += concept_findings(said.get("concept", []), day, page)
     if said.get("lists", {}).get("alarm"): found.append(Finding("prediction", "lists", "warning", 1., 0., day, page, said["lists"]["sentence"]))
+    found += vector_findings(said.get("embeddings") or {}, day, page, broken_times)
     for s in said.get("skew", []):
         found += [Finding("pipeline", f"skew of {f['name']}", "critical", _number(f["share"]), 0., day, page, f"{f['name']} is served otherwise than it is computed in {f['share']:.1%} of the rows") for f in s["features"]]
     return found
