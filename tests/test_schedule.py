@@ -60,6 +60,11 @@ def test_what_is_no_schedule_is_told(tmp_path):
     one_line(recsys(folder, "schedule"), "the day of the week is a number")
     one_line(recsys(folder, "schedule", env=dict(RECSYS_SCHEDULE_CRON="daily")), "[schedule] cron")
 
+def test_a_day_that_never_comes_is_no_schedule(tmp_path):
+    folder = make_toy(tmp_path/"shop", cron="0 0 30 2 *")
+    one_line(recsys(folder, "schedule"), "'0 0 30 2 *' never comes")
+    assert trigger_of("0 0 29 2 *", "Europe/Berlin"), "every four years"
+
 @given(st.text(st.sampled_from("0123456789*/,-abmonfri ? #L"), max_size=20), st.sampled_from(["UTC", "Europe/Berlin", "", "Nowhere", "../etc"]))
 def test_any_text_is_a_schedule_or_a_clear_error(cron, zone):
     try: trigger_of(cron, zone)

@@ -7,6 +7,7 @@ __all__ = ['log', 'FIELDS', 'ENDS', 'COMMAND', 'trigger_of', 'meaning', 'Runs', 
 
 # %% ../../nbs/9_operations/30_schedule.ipynb #3f8b5d32
 import logging, os, signal, subprocess, sys, threading
+from datetime import datetime
 from pathlib import Path
 
 from ..core.settings import RecsysError, Settings
@@ -23,8 +24,10 @@ def trigger_of(cron: str, zone: str):
     fields = ["0", *fields] if len(fields) == 5 else fields
     if len(fields) != 6: raise RecsysError(f"'{cron}' has not five fields, nor six", where, "e.g. cron = 0 4 * * *")
     if any(c.isdigit() for c in fields[-1]): raise RecsysError(f"the day of the week is a number in '{cron}'", where, "write its name: mon, sun, mon-fri")
-    try: return CronTrigger(**dict(zip(FIELDS, fields)), timezone=zone)
+    try: trigger = CronTrigger(**dict(zip(FIELDS, fields)), timezone=zone)
     except (ValueError, LookupError, TypeError) as e: raise RecsysError(f"'{cron}' in '{zone}' is no schedule ({' '.join(str(e).split())})", where, "e.g. cron = 0 4 * * *, timezone = Europe/Berlin") from None
+    if trigger.get_next_fire_time(None, datetime.now(trigger.timezone)) is None: raise RecsysError(f"'{cron}' never comes", where, "write a day that there is, e.g. cron = 0 4 * * *")
+    return trigger
 
 # %% ../../nbs/9_operations/30_schedule.ipynb #74301c03
 ENDS = {0: (logging.INFO, "all is well"), 1: (logging.ERROR, "it failed: the line above says what, where, and what to do"), 2: (logging.WARNING, "somebody should look: nothing new was published"),
