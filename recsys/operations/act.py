@@ -18,11 +18,11 @@ from pathlib import Path
 import msgspec
 
 from ..core.files import digest, read_json, write_json
-from ..core.settings import RecsysError, Settings, as_dict
+from ..core.settings import RecsysError, Settings, as_dict, printable
 from ..monitoring.attribution import collapses
 from .alerts import Alert, Case, answer, close_gone, deliver, listing, raise_alert, read_cases, who, words
 from .decisions import SEVERITIES, Decision, Finding, note_person, policy_of, read_decisions, settle, sorted_findings, unsound
-from ..serving.fallback import fallback_line, read_fallback, set_fallback
+from ..serving.fallback import LEVELS, fallback_line, read_fallback, set_fallback
 
 # %% ../../nbs/9_operations/27_act.ipynb #60292912
 def column_findings(comparison: dict, prefix: str, day: str, page: str, broken_times: float) -> list[Finding]:
@@ -227,15 +227,15 @@ def shop_day(settings: Settings) -> str:
 # %% ../../nbs/9_operations/27_act.ipynb #2094fad9
 def person_falls_back(settings: Settings, level: int | None, why: str, by: str, now: datetime | None = None) -> str:
     "Set or end the fallback by hand; the state of the switch in words."
-    by = who(by)
-    set_fallback(settings.data_dir, level, why, by)
-    history = read_decisions(decisions_file(settings))
-    note_person(decisions_file(settings), history[-1].day[:10] if history else shop_day(settings), level or 0, why, by)
+    by, history = who(by), read_decisions(decisions_file(settings))
+    if level and level not in LEVELS: raise RecsysError(f"there is no level {level}", "fallback", f"levels: {', '.join(map(str, LEVELS))}; or off")
     last = next((d for d in reversed(history) if d.by == "policy"), None)
     if not level and last:
         keys = {k for k, a in last.calls.items() if a == "fall_back"}
         for c in read_cases(settings).values():
             if c.alert.key in keys and not c.closed: answer(settings, c.id, "vetoed", why, by, now=now)
+    note_person(decisions_file(settings), history[-1].day[:10] if history else shop_day(settings), level or 0, why, by)
+    set_fallback(settings.data_dir, level, why, by)
     return fallback_line(read_fallback(settings.data_dir))
 
 # %% ../../nbs/9_operations/27_act.ipynb #878e8b2c
@@ -260,4 +260,4 @@ def status_lines(settings: Settings) -> list[str]:
     decisions, rows = read_decisions(decisions_file(settings)), listing(settings)
     last = f"decided {decisions[-1].day}: {decisions[-1].action} ({decisions[-1].because})" if decisions else "nothing decided yet"
     worst = ", ".join(f"{n} {s}" for s in SEVERITIES[::-1] if (n := sum(r["severity"] == s for r in rows)))
-    return [last, fallback_line(read_fallback(settings.data_dir)), f"open alerts: {worst or 'none'}"]
+    return [printable(line) for line in (last, fallback_line(read_fallback(settings.data_dir)), f"open alerts: {worst or 'none'}")]

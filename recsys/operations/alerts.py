@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from ..core.files import digest, full_disk_is_clear, journal, read_journal
-from ..core.settings import RecsysError, Settings
+from ..core.settings import RecsysError, Settings, printable
 
 log = logging.getLogger("recsys.alerts")
 log.addHandler(logging.NullHandler()) # a program that shows logs shows these, too; the terminal's lines are those of the command
@@ -187,7 +187,10 @@ def who(by: str) -> str:
     try: return by or getpass.getuser()
     except (OSError, KeyError): return "somebody"  # a session without a user
 
-def later(hours: float, now: datetime | None = None) -> str: return _now((now or datetime.now(timezone.utc)) + timedelta(hours=hours))
+def later(hours: float, now: datetime | None = None) -> str:
+    "The moment in so many hours, of a year at most."
+    if not 0 < hours <= 8760: raise RecsysError(f"{hours:g} hours", "--hours", "write a number above 0 and up to 8760, a year")
+    return _now((now or datetime.now(timezone.utc)) + timedelta(hours=hours))
 
 
 
@@ -318,7 +321,8 @@ def listing(settings: Settings, every: bool = False, now: datetime | None = None
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #47f70048
 def shown(rows: list[dict]) -> str:
-    "Rows of `listing` as text."
+    "Rows of `listing` as text, in which what data bring along stays letters: a terminal would obey it."
+    rows = [{k: v if isinstance(v, int) else printable(v) for k, v in r.items()} for r in rows]
     line = lambda r: f"{r['id']}  {r['severity']:<8}  {r['state']:<12}  {r['days']:>3} d  {r['what']}" + f"\n          do: {r['todo']}" + (f"\n          evidence: reports/{r['evidence']}" if r["evidence"] else "") + \
         (f"\n          not sent yet: {r['trouble'] or 'no attempt so far'}" if r["unsent"] else "")
     return "\n".join(map(line, rows)) or "no open alerts"

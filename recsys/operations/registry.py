@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from ..core.files import atomic_file, journal, read_journal, read_json, write_json
-from ..core.settings import RecsysError, Settings
+from ..core.settings import RecsysError, Settings, printable
 from ..serving import bundle as bundles_of
 from ..serving.bundle import verify_bundle, versions
 from ..serving.variants import RELEASE, all_experiments
@@ -190,5 +190,5 @@ def releases_text(settings: Settings, most: int = 20) -> str:
     to = lambda r: "all" if r.stage == "all" else f"{r.stage} {r.share:.0%}"
     rows = [f"{r.at[:19]}  {r.action:<9}  {r.version:<20} {to(r):<10} {'instead of ' + r.before if r.before else '':<32} {r.why}".rstrip() for r in history[-most:]]
     gone = withdrawn(history)
-    return "\n".join([*rows, f"serving: {serving(settings) or 'nothing yet'}" + (f"   on trial: {trial}" if trial else "") + f"   rollback would go to: {serving(settings) if trial else next(iter(targets(settings, history)), 'nowhere')}"
+    return "\n".join([*map(printable, rows), f"serving: {serving(settings) or 'nothing yet'}" + (f"   on trial: {trial}" if trial else "") + f"   rollback would go to: {serving(settings) if trial else next(iter(targets(settings, history)), 'nowhere')}"
                       + (f"   withdrawn: {', '.join(gone)}" if gone else "")])
