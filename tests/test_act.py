@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from recsys.core.files import write_json
+from recsys.core.settings import RecsysError, load_settings
 from recsys.evaluation.labels import add_label, labels_digest, read_labels
-from recsys.operations.act import Held, check_hold, decide_failure, decide_on, decisions_file, drift_findings, experiment_findings, person_falls_back, run_findings
-from recsys.operations.alerts import answer, listing, read_cases
+from recsys.operations.act import Held, check_hold, decide_failure, decide_on, decisions_file, drift_findings, experiment_findings, person_falls_back, run_findings, status_lines
+from recsys.operations.alerts import answer, listing, read_cases, shown
+from recsys.operations.cycle import _tell_gate
 from recsys.operations.decisions import Decision, Finding, read_decisions
+from recsys.operations.publish import Refused
+from recsys.operations.registry import Release, _append, releases_text
 from recsys.serving.fallback import read_fallback, set_fallback
 from shop import ROOT, recsys, settings_text
 from test_alerts import DAY, T, shop
@@ -70,10 +74,41 @@ def test_what_a_person_switched_no_run_switches_back(tmp_path):
     for k in range(6, 9): assert on(s, k, BROKEN).fallback == 0, "Ada has looked at it"
     assert read_fallback(s.data_dir) is None
 
+def test_what_a_person_began_to_switch_the_next_run_switches(tmp_path):
+    "The switch cannot be moved; what was said is in the log all the same, and holds."
+    s = shop(tmp_path); on(s, 0)
+    (s.data_dir/"fallback.json").mkdir()
+    with pytest.raises(OSError): person_falls_back(s, 3, "the supplier's prices are wrong", "Ada", T)
+    (s.data_dir/"fallback.json").rmdir()
+    assert "stays fallen back as Ada said" in on(s, 1).because and read_fallback(s.data_dir).level == 3
+    with pytest.raises(RecsysError, match="no level 5"): person_falls_back(s, 5, "x", "Ada", T)
+    assert read_decisions(decisions_file(s))[-1].fallback == 3
+
+def test_nothing_that_data_bring_along_reaches_the_terminal(tmp_path):
+    s, evil = shop(tmp_path), "a\x1b]0;mine\x07\x1b[2J\nb\u202e"
+    on(s, 0, msgspec.structs.replace(BROKEN, where=evil, what=f"the model has stopped listening to {evil}"))
+    promoted = Release("2026-03-02T05:00:00.000+00:00", "promote", "v1", "all", None, evil)
+    _append(s, promoted)
+    for text in (shown(listing(s, now=T)), *status_lines(s), releases_text(s)): assert all(c.isprintable() or c == "\n" for c in text) and ("a ]0;mine" in text or "open alerts" in text), text
+
 def test_a_run_of_an_earlier_day_does_nothing_today(tmp_path):
     s = shop(tmp_path)
     on(s, 5)
     assert on(s, 1, BROKEN).action == "fall_back" and read_fallback(s.data_dir) is None and listing(s, now=T) == []
+
+def test_only_a_run_of_today_tells_of_the_gate_and_takes_it_back(tmp_path):
+    s = shop(tmp_path)
+    on(s, 3)
+    refused = Refused("the gate refused version v2: fewer clicks", "publish")
+    open_ = lambda: [(r["key"], "recsys promote v2 --anyway" in r["todo"]) for r in listing(s)]
+    _tell_gate(s, refused, day(2), "v2"); _tell_gate(s, refused, day(3), "v2", late=True)
+    assert open_() == [], "of a past day nobody is told"
+    _tell_gate(s, refused, day(3), "v2")
+    assert open_() == [("release:gate", True)]
+    _tell_gate(s, None, day(2)); _tell_gate(s, None, day(3), late=True)
+    assert open_() == [("release:gate", True)], "a good run of a past day promotes nothing"
+    _tell_gate(s, None, day(3))
+    assert open_() == []
 
 def test_deeds_that_were_cut_short_are_done_by_the_next_try(tmp_path):
     "The decision is in the log, and then the program was killed."
@@ -232,6 +267,16 @@ def test_the_switch_and_the_labels_from_the_terminal(project):
         r = recsys(project, *args)
         assert r.returncode != 0 and said in r.stderr and len(r.stderr.splitlines()) == 1 and "Traceback" not in r.stderr, r.stderr
 
+
+def test_an_approval_that_changes_nothing_says_which_command_does(project):
+    _tell_gate(load_settings(project/"settings.ini"), Refused("the gate refused version v2: fewer clicks", "publish"), "2026-03-02", "v2")
+    id, = re.findall(r"^(\w{8})  ", recsys(project, "alerts").stdout, re.M)
+    said = recsys(project, "approve", id, "--by", "Ada").stdout
+    assert "recsys promote v2 --anyway --why TEXT" in said and "the next run goes on" not in said and len(said.splitlines()) == 1
+    for hours in ("nan", "inf", "1e12", "-5", "0", "8761"):
+        r = recsys(project, "snooze", id, f"--hours={hours}")
+        assert r.returncode == 1 and "--hours" in r.stderr and len(r.stderr.splitlines()) == 1 and not r.stdout, r.stderr
+    assert recsys(project, "snooze", id, "--hours", "8760").returncode == 0
 
 def test_interleaving_and_bandits_are_heard_like_experiments(tmp_path):
     "Of each name the newest counts; what gains, is open, is older than a week or was killed says nothing."

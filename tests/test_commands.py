@@ -8,6 +8,7 @@ from shop import MAPPING, events, make_shop, recsys, write_csv
 
 from recsys.candidates import pipeline
 from recsys.candidates.pipeline import read_table
+from recsys.operations.cli import main
 from recsys.core.settings import load_settings
 from recsys.features.definitions import LIVE, LIVE_NAMES
 
@@ -105,6 +106,15 @@ def test_what_cannot_be_is_one_line(shop, arguments, said):
     r = recsys(shop, *arguments.split())
     assert r.returncode == 1 and r.stderr.startswith("recsys: ") and r.stderr.count("\n") == 1 and said in r.stderr, r.stderr + r.stdout
     assert {p.name for p in shop.iterdir()} == before
+
+@pytest.mark.parametrize("what", ["features --events 5000", "sessions --train a --test b", "sequences --sequences a", "shop", "serving", "drift --no-peers", "experiments", "loop --days 7"])
+def test_a_bench_sees_before_it_measures_that_its_figures_can_be_written(what, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"year").mkdir(); (tmp_path/"file").touch()
+    for out, said in (("year", "year: this is a folder"), ("file/f.json", "file/f.json: no file can be written in")):
+        assert main(["bench", *what.split(), "--out", out]) == 1
+        told = capsys.readouterr()
+        assert said in told.err and told.err.count("\n") == 1 and not told.out and sorted(p.name for p in tmp_path.iterdir()) == ["file", "year"], told.err
 
 def test_a_feast_repository_that_failed_does_not_bar_the_next_try(shop, tmp_path):
     pytest.importorskip("feast", reason="Feast is missing: pip install 'recsys[feast]'")

@@ -45,6 +45,9 @@ def test_every_kind_of_alert_is_in_the_handbook():
     text = (ROOT/"nbs/docs/handbook.md").read_text(encoding="utf-8")
     decisions = pytest.importorskip("recsys.operations.decisions", reason="there are no decisions yet")
     for kind in decisions.KINDS: assert f"\n| {kind} | " in text
+    keys = {k for p in (ROOT/"recsys").rglob("*.py") for k in re.findall(r'\bAlert\("([^"]+)"', p.read_text(encoding="utf-8"))}
+    assert keys >= {"release:gate", "release:trial"}
+    for key in keys: assert f"\n| {key} | " in text, key
     for action in decisions.ACTIONS: assert re.search(rf"\n\| {action.replace('_', ' ')}\b", text), action
 
 GUIDES = [*sorted(ROOT.glob("nbs/docs/*.md")), ROOT/"CONTRIBUTING.md", ROOT/"deploy/README.md", ROOT/"README.md"]

@@ -131,6 +131,11 @@ def test_a_refused_version_stays_outside_and_a_withdrawn_one_too(tmp_path):
 
 # ---- missed days
 
+def test_a_last_day_in_the_future_is_refused_before_the_first_is_run(tmp_path):
+    folder = make_toy(tmp_path/"shop")
+    one_line(recsys(folder, "run", "--backfill", "2024-03-01", "2999-03-02"), "--backfill", "2999-03-02 lies in the future")
+    assert not (folder/"data/steps").exists() and not (folder/"reports/runs").exists()
+
 def test_days_that_were_missed(tmp_path):
     folder = make_toy(tmp_path/"shop")
     (folder/"events.csv").write_text("id,time\n1,2024-03-01\n2,2024-03-02\n")

@@ -224,7 +224,7 @@ def test_what_cannot_be_played_is_said_in_one_line(given, said, project, monkeyp
     monkeypatch.setenv("RECSYS_SETTINGS", project.file)
     assert main(["bench", "loop", "--out", str(tmp_path/"f.json"), *given]) == 1
     out = capsys.readouterr()
-    assert said in out.err and len(out.err.strip().splitlines()) == 1 and not (tmp_path/"f.json").exists() and not (tmp_path/"f").exists()
+    assert said in out.err and len(out.err.strip().splitlines()) == 1 and not (tmp_path/"f.json").exists() and not (tmp_path/"f.json.years").exists()
 
 
 # ---- a short year through the real service

@@ -299,11 +299,11 @@ def in_short(f: dict) -> str:
             f"revenue {'; '.join(against)}. {f['seconds'] / 60:.0f} minutes.")
 
 def bench_loop(out: str | Path, settings: Settings | None = None, days: int = 365, visits: int = 150, seed: int = 1, daily_days: int | None = None, policies: tuple = POLICIES, say=lambda note: None) -> dict:
-    "Play the year under each policy, judge, write `out`; the folder of its name without the suffix keeps what each year left."
+    "Play the year under each policy, judge, write `out`; the folder `out`.years keeps what each year left."
     settings, began, at, plan = settings or load_settings(), datetime.now(timezone.utc), time.monotonic(), Plan(days=days, visits=visits, seed=seed)
     for n, least, what in ((days, len(SCRIPT) + 1, f"or more: there are {len(SCRIPT)} shocks"), (visits, 1, "visit or more a day"), (1 if daily_days is None else daily_days, 1, "day or more")):
         if n < least: raise RecsysError(f"{n} is too little", "bench loop", f"play {least} {what}")
-    home, script = Path(out).with_suffix(""), script_of(plan.days)
+    home, script = Path(out).with_name(f"{Path(out).name}.years"), script_of(plan.days)
     if home.exists(): raise RecsysError("there is something already", str(home), "name another file, or remove the folder")
     home.mkdir(parents=True)
     until = lambda p: min(daily_days or plan.days, plan.days) if p == "daily" else plan.days

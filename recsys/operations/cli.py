@@ -47,12 +47,13 @@ def _backfill(a, settings):
 
 def _run(a):
     from recsys.core.files import write_json
+    from recsys.core.settings import printable
     from recsys.operations.cycle import cycle
     settings = _settings_of(a)
     if a.backfill: return _backfill(a, settings)
     with _Steps() as steps: account = cycle(settings, a.date, a.allow_regression, steps.say)
     if a.json: write_json(a.json, {k: v for k, v in account.items() if k not in ("headline",)})
-    print(f"{account['headline']['sentence']}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {settings.reports_dir/'index.html'}")
+    print(f"{printable(account['headline']['sentence'])}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {settings.reports_dir/'index.html'}")
     return 0
 
 def _settings_of(a):
@@ -215,7 +216,7 @@ def _serve(a):
     return 0
 
 def _status(a):
-    from recsys.core.settings import load_settings
+    from recsys.core.settings import load_settings, printable
     from recsys.operations.act import status_lines
     from recsys.operations.index import read_runs
     from recsys.operations.runner import bundles_folder
@@ -223,7 +224,7 @@ def _status(a):
     s = load_settings()
     bundles = bundles_folder(s)
     runs, _ = read_runs(s.reports_dir)
-    for r in runs[:5]: print(f"{r.date}  {r.status:<10} {r.headline.sentence if r.headline else ''}")
+    for r in runs[:5]: print(printable(f"{r.date}  {r.status:<10} {r.headline.sentence if r.headline else ''}"))
     print(f"serving: {(bundles/'current').resolve().name if (bundles/'current').exists() else 'nothing yet'}   versions: {', '.join(versions(bundles)) or 'none'}")
     for line in status_lines(s): print(line)
     return 0
@@ -236,12 +237,16 @@ def _alerts(a):
     deliver(s); print(shown(listing(s, a.all)))
     return 0
 
+def _effect(alert) -> str:
+    "What an approval brings about."
+    return "the next run goes on" if alert.source == "decisions" else f"this alone changes nothing, no run waits for it: {alert.todo}"
+
 def _answer(a):
-    from recsys.core.settings import load_settings
+    from recsys.core.settings import load_settings, printable
     from recsys.operations.alerts import answer, later
     until = later(a.hours) if a.answer == "snoozed" else ""
     c = answer(load_settings(), a.id, a.answer, " ".join(filter(None, (getattr(a, "truth", ""), a.why))), a.by, until)
-    print(f"{c.id} {c.alert.key}: {a.answer}" + (f" until {until}" if until else "") + ("; the next run goes on" if a.answer == "approved" else ""))
+    print(printable(f"{c.id} {c.alert.key}: {a.answer}") + (f" until {until}" if until else "") + (f"; {_effect(c.alert)}" if a.answer == "approved" else ""))
     return 0
 
 def _label_item(a):
@@ -252,9 +257,9 @@ def _label_item(a):
     return 0
 
 def _fallback(a):
-    from recsys.core.settings import load_settings
+    from recsys.core.settings import load_settings, printable
     from recsys.operations.act import person_falls_back
-    print(person_falls_back(load_settings(), None if a.level == "off" else int(a.level), a.why, a.by))
+    print(printable(person_falls_back(load_settings(), None if a.level == "off" else int(a.level), a.why, a.by)))
     return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #e7c0a1b3
@@ -450,6 +455,20 @@ def _features_feast(a):
     print(f"{said['features']} features in {said['views']} views as of {said['moment']}: a Feast repository in {said['folder']}")
     return 0
 
+def _measured(do):
+    "A `recsys bench` command that first sees whether its `--out` can be written: a year of measuring must not end at a folder of this name."
+    def checked(a):
+        import tempfile
+        from pathlib import Path
+        from recsys.core.settings import RecsysError
+        out = Path(a.out)
+        if out.is_dir(): raise RecsysError("this is a folder", a.out, "name a file for --out, e.g. figures.json")
+        folder = next(p for p in out.absolute().parents if p.exists())
+        try: tempfile.TemporaryFile(dir=folder).close()
+        except OSError as e: raise RecsysError(f"no file can be written in {folder} ({e.strerror})", a.out, "name another file for --out") from None
+        return do(a)
+    return checked
+
 def _bench_features(a):
     from pathlib import Path
     from rich.console import Console
@@ -608,9 +627,10 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--shop", metavar="FILE", help="TOML: knobs that differ from the usual ones, and [[shocks]]")
     c.add_argument("--calibrate", action="store_true", help="popularity, baskets, gaps, hours and weekdays of the log last ingested; shows how near it comes")
     def said(c, why=False): c.add_argument("--why", default="", required=why, metavar="TEXT"); c.add_argument("--by", default=os.environ.get("USER", ""), metavar="NAME", help="who says it (default: the user of this session)")
+    bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
     features = command("features", None, "tables of live features, and the door to Feast").add_subparsers(required=True, metavar="WHAT")
     def of(parent, name, do, text):
-        c = parent.add_parser(name, help=text, description=text); c.set_defaults(do=do); c.add_argument("--out", required=True, metavar="PATH")
+        c = parent.add_parser(name, help=text, description=text); c.set_defaults(do=_measured(do) if parent is bench else do); c.add_argument("--out", required=True, metavar="PATH")
         return c
     c = of(features, "build", _features_build, "training rows with features as of their moments, and pairs of items; on [run] engine")
     c.add_argument("--days", type=int, default=28, help="of training rows, before the end of the data"); c.add_argument("--negatives", type=int, default=4)
@@ -627,7 +647,6 @@ def parser() -> argparse.ArgumentParser:
     c = experiment.add_parser("shares", help="renew the shares of bandits by what is known", description="renew the shares of bandits by what is known; workers follow within a second"); c.set_defaults(do=_experiment_shares); c.add_argument("name", metavar="NAME", nargs="?", help="(default: all)")
     c = experiment.add_parser("gate", help="may a version be shown to some? from what was explored", description="may a version be shown to some? from what was explored; exit code 0 only if it may"); c.set_defaults(do=_experiment_gate)
     c.add_argument("version", metavar="VERSION"); c.add_argument("--days", type=float, default=28, help="of the log"); c.add_argument("--margin", type=float, default=.05, help="relative loss of clicks that is accepted")
-    bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
     rectools = "also EASE, SASRec and BERT4Rec by RecTools, in an environment of their own"
     c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
     c.add_argument("--events", type=int, required=True); c.add_argument("--engine", choices=("polars", "spark"), default="polars")

@@ -14,7 +14,8 @@ from pathlib import Path
 from ..core.files import read_json, write_json
 from ..core.settings import RecsysError, Settings
 from ..evaluation.labels import still_labelled
-from .act import Held, check_hold, decide_failure, decision_in, shop_day, still_decided
+from .act import Held, check_hold, decide_failure, decision_in, decisions_file, shop_day, still_decided
+from .decisions import read_decisions
 from .gate import read_gate
 from .publish import Refused, release, still_judged
 from .runner import fingerprints, run, run_lock
@@ -95,9 +96,9 @@ def parse_date(text: str) -> str:
     try: return text and Date.fromisoformat(text).isoformat()
     except ValueError: raise RecsysError(f"'{text}' is not a day", "--date", "write it as 2017-12-24") from None
 
-def _not_ahead(date: str) -> str:
+def _not_ahead(date: str, where: str = "--date") -> str:
     "`date`, unless it is so far ahead that the decisions of the days until then would count as old."
-    if date > (datetime.now(timezone.utc) + timedelta(days=1)).date().isoformat(): raise RecsysError(f"{date} lies in the future", "--date", "write a day up to tomorrow, or leave it out")
+    if date > (datetime.now(timezone.utc) + timedelta(days=1)).date().isoformat(): raise RecsysError(f"{date} lies in the future", where, "write a day up to tomorrow, or leave it out")
     return date
 
 def _failed(settings: Settings, records: dict, error: Exception, date: str) -> dict:
@@ -106,11 +107,12 @@ def _failed(settings: Settings, records: dict, error: Exception, date: str) -> d
     try: return dict(decision=_decided(decide_failure(settings, list(records)[-1], str(error), day, date or (day if "folder" in records.get("ingest", {}) else "latest"))))
     except (RecsysError, OSError): return {}
 
-def _tell_gate(settings: Settings, error: Exception | None, label: str):
-    "Let people know of a version that the gate refused, until another one passes."
+def _tell_gate(settings: Settings, error: Exception | None, label: str, version: str = "", late: bool = False):
+    "Let people know of a version that the gate refused, until another one passes; a run of a past day says nothing of what is served today."
     from recsys.operations.alerts import Alert, close_gone, deliver, raise_alert
-    if isinstance(error, Refused): raise_alert(settings, Alert("release:gate", "warning", str(error), "read why on the page; `recsys promote VERSION --anyway --why TEXT` if it shall serve nevertheless", f"runs/{label}/publish.html", label, source="gate", asks=True))
-    elif not error: close_gone(settings, "gate", set())
+    past = late or any(d.day[:10] > label for d in read_decisions(decisions_file(settings)))
+    if isinstance(error, Refused) and not past: raise_alert(settings, Alert("release:gate", "warning", str(error), f"read why on the page; `recsys promote {version} --anyway --why TEXT` if it shall serve nevertheless", f"runs/{label}/publish.html", label, source="gate", asks=True))
+    elif not error and not past: close_gone(settings, "gate", set())
     deliver(settings)
 
 def _advanced(settings: Settings, ingested: str | Path) -> list[str]:
@@ -151,7 +153,7 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
                              seconds=round(time.time() - clock, 1), peak_rss_mb=max([s["peak_rss_mb"] or 0 for s in steps] or [0]), steps=steps)
     account["headline"]["sentence"] = " ".join(filter(None, (account["headline"]["sentence"], *(f"{r[0].upper()}{r[1:]}." for r in released), what_changed(account, before, metric))))
     write_json(settings.reports_dir/"runs"/label/"run.json", account)
-    _tell_gate(settings, error, label)
+    _tell_gate(settings, error, label, figures.get("version", ""), late)
     write_index(settings.reports_dir, settings.data_dir)
     if error: raise error
     return account
@@ -173,8 +175,9 @@ def is_done(settings: Settings, day: str, source: str) -> bool:
 def backfill(settings: Settings, first: str, last: str, allow_regression: bool = False, say=lambda kind, step, said: None, on_day=lambda day, said: None) -> dict[str, str]:
     "Run each day that is not done: its status by day, ok, held, regression, refused or skipped. Raises what stopped it."
     from recsys.data.ingest import source_digest
-    said = {}
-    for day in days_of(first, last):
+    said, days = {}, days_of(first, last)
+    _not_ahead(days[-1], "--backfill")
+    for day in days:
         with run_lock(settings.data_dir): source = source_digest(settings.data.dataset, Path(settings.file).parent, settings.data_dir)
         if is_done(settings, day, source): said[day] = "skipped"; on_day(day, "skipped, done already"); continue
         try: cycle(settings, day, allow_regression, say, late=True); said[day] = "ok"; on_day(day, "ok")
