@@ -218,6 +218,22 @@ def test_a_killed_writer_leaves_nothing_but_what_sweep_removes(tmp_path, writer,
     assert sweep(tmp_path) == remains and names(tmp_path/"steps") == (["m"] if writer == "atomic_file" else []) and sweep(tmp_path) == []
     if writer == "atomic_file": assert read_json(tmp_path/"steps"/"m") == "old"
 
+@pytest.mark.parametrize("writer, body", [("atomic_file", "t.write_text('half')"), ("atomic_dir", "(t/'.w.tmp-1').mkdir()"), ("scratch", "(t/'w').mkdir()")])
+def test_sweep_leaves_what_another_process_is_writing(tmp_path, writer, body):
+    "A service, a promotion or a job beside the run; and what lies in its folder is its own."
+    run = script(f"with {writer}(sys.argv[1]) as t:\n {body}\n print('half', flush=True)\n sys.stdin.readline()\nprint('whole', flush=True)\n", tmp_path/"m", stdin=subprocess.PIPE)
+    assert run.stdout.readline() == "half\n"
+    before = names(tmp_path)
+    assert sweep(tmp_path) == [] and names(tmp_path) == before and before[0].startswith(".m.tmp-")
+    assert run.communicate("\n")[0] == "whole\n" and names(tmp_path) == ["m"][writer == "scratch":]
+    if writer != "scratch": assert (tmp_path/"m"/".w.tmp-1").is_dir() if writer == "atomic_dir" else (tmp_path/"m").read_text() == "half"
+
+def test_sweep_removes_links_in_progress_wherever_they_point_when_they_are_old(tmp_path):
+    (tmp_path/"v1").mkdir(); (tmp_path/"v1"/"w").write_text("1")
+    for name, to in (("1", "v1"), ("2", "gone"), ("3", "v1")): (tmp_path/f".current.tmp-{name}").symlink_to(to)
+    for name in "12": os.utime(tmp_path/f".current.tmp-{name}", (0, time.time() - 3700), follow_symlinks=False)
+    assert sweep(tmp_path) == [".current.tmp-1", ".current.tmp-2"] and names(tmp_path) == [".current.tmp-3", "v1"] and (tmp_path/"v1"/"w").exists()
+
 def test_sweep_leaves_what_is_no_remain(tmp_path):
     for n in ("a.tmp-1", ".hidden", "b.tmp"): (tmp_path/n).write_text("")
     assert sweep(tmp_path) == [] and len(names(tmp_path)) == 3 and sweep(tmp_path/"nowhere") == []

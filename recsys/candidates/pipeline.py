@@ -21,7 +21,7 @@ import polars as pl
 import psutil
 
 from .covisitation import linked, session_lines
-from ..core.files import full_disk_is_clear, read_json, write_json
+from ..core.files import full_disk_is_clear, read_json, scratch, write_json
 from ..core.settings import RecsysError, Settings
 from ..data.events import exchange_rates
 from ..features.definitions import LIVE_NAMES, PROGRAM
@@ -336,8 +336,7 @@ def feature_store(ingested: str | Path, out: str | Path, engine: Engine, setting
     moment = int(datetime.fromisoformat(account["moment"]).timestamp())
     check_memory(account["rows"], account.get("sessions", account["rows"]), free_memory(), engine.name)
     items, events = pl.read_parquet(ingested/"items.parquet"), _learnt_from(engine, ingested, settings)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as tmp:
-        tmp = Path(tmp)
+    with scratch(out) as tmp:
         _dictionaries(engine, events, items, tmp); _log(engine, events, tmp)
         by_code = lambda name, code, id: pl.read_parquet(sorted((tmp/name).glob("*.parquet"))).sort(code)[id] # an engine writes rows in any order
         categories = by_code("items", "item", "category").to_numpy()

@@ -7,7 +7,7 @@ __all__ = ['ROWS_IN_MEMORY', 'SLOW_TO_READ', 'PERIOD', 'PROMOTION', 'open_source
            'Log', 'good_days', 'rows_with', 'Account', 'sort_table', 'all_items', 'Written', 'write_log', 'ingest']
 
 # %% ../../nbs/1_data/13_ingest.ipynb #115edccb
-import shutil, tempfile
+import shutil
 from collections import Counter
 from contextlib import contextmanager
 from datetime import date, datetime, time, timedelta, timezone
@@ -19,7 +19,7 @@ import dataframely as dy
 import numpy as np
 import polars as pl
 
-from ..core.files import atomic_dir, digest, file_digest, full_disk_is_clear, write_json
+from ..core.files import atomic_dir, digest, file_digest, scratch, write_json
 from ..core.settings import RecsysError
 from .datasets import complete_journey, journey_files
 from .events import UTC, Event, Item, Sessions, User, conform, deduplicate, first_reason, in_order, utc
@@ -303,7 +303,7 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
     "Import, check, cut at a moment, and write `dataset` to `out`; `RecsysError` if it is unusable."
     out, source, forgotten = Path(out), open_source(dataset, Path(root)), Forgotten(data_dir)
     back, keys = {t: recovered_table(data_dir, t) for t in ("events", "items", "users")}, settled(data_dir)
-    with _spill_beside(out) as tmp:
+    with scratch(out) as tmp:
         came = dict(rows_read=source.events, recovered=back["events"] or _NOTHING, arrived=arrived_table(data_dir, tmp) or _NOTHING)
         log = Log(dataset, [*came.values()], tmp, forgotten)
         log.first_pass((now, clock_skew_minutes), source.custom_types, say)
@@ -330,13 +330,6 @@ def ingest(dataset: str,      # "complete_journey", or a mapping file relative t
     return said
 
 # %% ../../nbs/1_data/13_ingest.ipynb #6304aaa5
-@contextmanager
-def _spill_beside(out: Path):
-    "A temporary folder on the disk of `out`."
-    with full_disk_is_clear(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".spill.tmp-", dir=out.parent) as tmp: yield Path(tmp)
-
 @contextmanager
 def _kept(aside: dict[str, tuple[Table, Bad]], gone: Gone, done: frozenset, data_dir: str | Path | None):
     "Where this refuses a table, what was set aside is left in the folder of the refused."

@@ -18,7 +18,7 @@ from typing import Callable, Iterator
 import msgspec
 import polars as pl
 
-from ..core.files import atomic_file, digest, full_disk_is_clear
+from ..core.files import atomic_file, digest, full_disk_is_clear, scratch
 from ..core.settings import RecsysError
 from .events import conform, deduplicate, first_reason, read_events, validate, validate_events
 from .cells import hexed
@@ -88,11 +88,11 @@ def write_quarantine(path: str | Path, parts: Iterator[pl.DataFrame], keep: Call
     pl.DataFrame] = lambda part: part) -> int:
     "Write quarantine.parquet from the parts that `raw_rows` gives; the number of rows."
     path, n = Path(path), 0
-    with tempfile.TemporaryDirectory(prefix=".quarantine.tmp-", dir=path.parent) as tmp:
+    with scratch(path) as tmp:
         for k, part in enumerate(parts):
             part = keep(part).select(list(QUARANTINE)); n += part.height
-            part.write_parquet(Path(tmp)/f"{k:06d}.parquet")
-        files = sorted(Path(tmp).glob("*.parquet"))
+            part.write_parquet(tmp/f"{k:06d}.parquet")
+        files = sorted(tmp.glob("*.parquet"))
         rows = pl.scan_parquet(files) if files else pl.LazyFrame(schema=QUARANTINE)
         if n <= 1_000_000: rows.collect().sort("source", "row", maintain_order=True).write_parquet(path, compression="zstd")
         else: rows.sink_parquet(path, compression="zstd", maintain_order=True)

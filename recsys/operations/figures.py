@@ -7,13 +7,13 @@ __all__ = ['PROMISES', 'AT_MOST', 'WORDS', 'GROUPS_OF', 'KEYS', 'PAGES', 'growth
            'answer', 'size_name', 'stage_table', 'marginal', 'stacked', 'figures_of', 'bench_page']
 
 # %% ../../nbs/9_operations/11_figures.ipynb #10e70e70
-import os, tempfile
+import os
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from ..core.files import read_json, write_json
+from ..core.files import read_json, scratch, write_json
 from ..core.settings import RecsysError, Settings
 from .runner import execute
 
@@ -126,7 +126,7 @@ def bench_page(name: str,            # of the notebook in nbs/benchmarks
     if not notebook.exists(): raise RecsysError("no such benchmark", name, f"there are: {', '.join(sorted(p.stem for p in notebook.parent.glob('*.ipynb')))}")
     folder.mkdir(parents=True, exist_ok=True)
     for f in map(read_json, files): write_json(folder/f"{'-'.join(map(str, [f['name'], *(f[k] for k in KEYS[f['name']])])).replace('/', '-')}.json", f)
-    with tempfile.TemporaryDirectory(prefix=".page.tmp-", dir=folder) as tmp:
-        done = Path(tmp)/notebook.name
+    with scratch(folder/f"{name}.html") as tmp:
+        done = tmp/notebook.name
         execute(notebook, done, dict(figures=os.path.relpath(folder, Path(settings.file).parent)), settings)
         return to_html(done, folder/f"{name}.html", PAGES[name], [("All runs", "../index.html")])
