@@ -272,7 +272,7 @@ def killed_while_posting(shop, kills, whole=False):
             threads = [threading.Thread(target=poster, args=(port, stop, safe)) for _ in range(3)]
             for t in threads: t.start()
             for _ in range(1 if whole else kills):
-                time.sleep(float(rng.uniform(.3, 1.)) + (6 if not whole and kills > 2 else 0)) # granian ends a server whose new worker dies within 5.5 s
+                time.sleep(float(rng.uniform(.3, 1.)) + (6 if not whole and kills > 2 else 0)) # a server whose new worker dies within 5.5 s ends
                 if whole: process.kill()
                 else:
                     until(lambda: len(workers_of(process.pid)) == 2, 60)

@@ -218,4 +218,4 @@ def log_config() -> dict:
     console = {"formatter": "json", "class": "logging.StreamHandler", "stream": "ext://sys.stderr"}
     quiet, full = ({"handlers": ["console"], "level": level, "propagate": False} for level in ("WARNING", "INFO"))
     return {"version": 1, "disable_existing_loggers": False, "root": {"level": "WARNING", "handlers": ["console"]}, "formatters": {"json": {"()": "recsys.serving.metrics.JsonLines"}},
-            "handlers": {"console": console, "access": console}, "loggers": {"_granian": quiet, "granian.access": quiet, "recsys": quiet, "recsys.audit": full}}
+            "handlers": {"console": console}, "loggers": {"recsys": quiet, "recsys.audit": full}}
