@@ -81,7 +81,7 @@ OPEN = Key("nobody", SCOPES, b"", float("inf")) # who asks where there are no ke
 class Keys:
     "The keys of one worker, kept as its file says; `path` None: everyone may do everything. One thread at a time."
     def __init__(self, path: str | Path | None, usual_rate: float, workers: int):
-        self.path, self.usual_rate, self.workers, self.known, self.seen, self.next_look = path, usual_rate, workers, None, None, 0.
+        self.path, self.usual_rate, self.workers, self.known, self.seen, self.next_look, self.heard = path, usual_rate, workers, None, None, 0., {}
         if path: self.seen = self.stamp(); self.known = self.table(read_keys(path))
 
     def stamp(self):
@@ -110,15 +110,21 @@ def _look(keys: Keys):
 # %% ../../nbs/5_serving/08_keys.ipynb #2aa19c15
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
+def _digest(keys: Keys, said: str) -> bytes:
+    "The digest of the key in a header, at once if it opened something before."
+    if (digest := keys.heard.get(said)) is not None: return digest
+    if said[:7].lower() != "bearer ": raise Refused(401, "unauthorized", "send a key: authorization: Bearer KEY", **_CHALLENGE)
+    return sha256(said[7:].strip().encode("utf-8", "replace")).digest()
+
 def authorize(keys: Keys, headers, scope: str, now: float) -> Key:
     "The key behind a request that needs `scope`; `headers`: anything with `get`, lower-case names; `now`: monotonic seconds. Else `Refused`."
     if keys.known is None: return OPEN
     if now >= keys.next_look: keys.next_look = now + 1; _look(keys)
-    said = headers.get("authorization") or ""
-    if said[:7].lower() != "bearer ": raise Refused(401, "unauthorized", "send a key: authorization: Bearer KEY", **_CHALLENGE)
-    digest = sha256(said[7:].strip().encode("utf-8", "replace")).digest()
+    digest = _digest(keys, headers.get("authorization") or "")
     key = keys.known.get(digest)
     if key is None or not hmac.compare_digest(key.digest, digest): raise Refused(401, "unauthorized", "this key is unknown", **_CHALLENGE)
+    if len(keys.heard) > 2 * len(keys.known): keys.heard.clear() # the same key can be written in many ways
+    keys.heard[headers["authorization"]] = digest
     if wait := key.take(now): raise Refused(429, "too_many_requests", f"this key may ask {key.rate:g} times a second here", **{"retry-after": str(int(wait) + 1)})
     if scope not in key.scopes:
         refused = Refused(403, "forbidden", f"this key has not the scope '{scope}'")
