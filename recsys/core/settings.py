@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Above0', 'CALLS', 'printable', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features',
            'Candidates', 'Index', 'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift',
-           'Business', 'Trials', 'Decisions', 'Notices', 'Bench', 'Serving', 'Log', 'Run', 'Schedule', 'Release',
-           'shipped', 'Settings', 'find_settings', 'load_settings', 'as_dict']
+           'Business', 'Trials', 'Decisions', 'Notices', 'Bench', 'Serving', 'Online', 'Log', 'Run', 'Schedule',
+           'Release', 'shipped', 'Settings', 'find_settings', 'load_settings', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
@@ -258,6 +258,10 @@ class Serving(Section):
     trending_hours: Above0
     intraday_seconds: Above0
 
+class Online(Section):
+    learn: bool
+    window_minutes: Above0
+
 class Log(Section):
     keep_hours: Annotated[float, Meta(ge=48)]
     roll_minutes: Above0
@@ -323,6 +327,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     alerts: Notices
     bench: Bench
     serving: Serving
+    online: Online
     log: Log
     run: Run
     schedule: Schedule

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'BACKLOG', 'ROLL_ROWS', 'READ_ROWS', 'REMOVE_ROWS', 'arrivals_folder', 'alone', 'rolled_files', 'Receipt',
-           'EventLog', 'roll_log', 'compact_log', 'prune_log', 'tail_log', 'forget_in_log', 'arrived_files',
-           'arrived_table']
+           'last_position', 'EventLog', 'roll_log', 'compact_log', 'prune_log', 'tail_log', 'forget_in_log',
+           'arrived_files', 'arrived_table']
 
 # %% ../../nbs/1_data/18_log.ipynb #cfc2a151
 import fcntl, hashlib, os, queue, shutil, sqlite3, threading
@@ -193,6 +193,10 @@ class _Tally:
             self._newest = max(self._newest, t)
 
 # %% ../../nbs/1_data/18_log.ipynb #8b72269c
+def last_position(data_dir: str | Path) -> int:
+    "The position of the newest event that the log has ever held."
+    with _sqlite_is_clear(_log_path(data_dir)), closing(_open(data_dir)) as con: return con.execute(_NEXT).fetchone()[0] - 1
+
 class EventLog:
     "The log of the events of a machine, as one process writes it; the processes of a machine share a data folder."
     def __init__(self, data_dir: str | Path,   # of the settings; the log is in `arrivals`, what was shown in `served`
@@ -225,9 +229,7 @@ class EventLog:
         "Keep what was shown, soon, if there is room; never waits."
         self._shown.add(record)
 
-    def last(self) -> int:
-        "The position of the newest event that the log has ever held."
-        with _sqlite_is_clear(self.path), closing(_open(self.data_dir)) as con: return con.execute(_NEXT).fetchone()[0] - 1
+    def last(self) -> int: return last_position(self.data_dir)
 
     def counts(self) -> dict[str, int]:
         "What this process has done so far, and how many batches are waiting."

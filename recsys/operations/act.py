@@ -23,6 +23,7 @@ from ..monitoring.attribution import collapses
 from .alerts import Alert, Case, answer, close_gone, deliver, listing, raise_alert, read_cases, who, words
 from .decisions import SEVERITIES, Decision, Finding, note_person, policy_of, read_decisions, settle, sorted_findings, unsound
 from ..serving.fallback import LEVELS, fallback_line, read_fallback, set_fallback
+from ..serving.online import learned_file, online_line
 
 # %% ../../nbs/9_operations/27_act.ipynb #60292912
 def column_findings(comparison: dict, prefix: str, day: str, page: str, broken_times: float) -> list[Finding]:
@@ -256,8 +257,9 @@ def verdict_of(d: Decision) -> str:
 
 # %% ../../nbs/9_operations/27_act.ipynb #4dc22d4a
 def status_lines(settings: Settings) -> list[str]:
-    "Decision, fallback and open alerts, a line each."
+    "Decision, fallback, what is learned online if anything is, and open alerts, a line each."
     decisions, rows = read_decisions(decisions_file(settings)), listing(settings)
     last = f"decided {decisions[-1].day}: {decisions[-1].action} ({decisions[-1].because})" if decisions else "nothing decided yet"
     worst = ", ".join(f"{n} {s}" for s in SEVERITIES[::-1] if (n := sum(r["severity"] == s for r in rows)))
-    return [printable(line) for line in (last, fallback_line(read_fallback(settings.data_dir)), f"open alerts: {worst or 'none'}")]
+    learned = [online_line(settings.data_dir)] if learned_file(settings.data_dir).exists() else []
+    return [printable(line) for line in (last, fallback_line(read_fallback(settings.data_dir)), *learned, f"open alerts: {worst or 'none'}")]

@@ -21,6 +21,7 @@ from .http import Asked, Front, Limits, Line, lines_of, message, path_of
 from .intraday import keeping
 from .keys import SECURE_HEADERS, Keys, audit, authorize, check_exposure, read_keys
 from .metrics import MEDIA, begin, end, log_config, scrape
+from .online import learning
 from .openapi import NAMES, PAGES, Route, decoders_for, document, find_route
 from .refused import Refused
 from .schemas import to_change, to_item
@@ -300,7 +301,7 @@ def serve(settings: Settings,     # state, keys, log and candidates as they say
         line = f"serving {version} on http://{f'[{address}]' if ':' in address else address}:{port}"
         threading.Thread(target=_watch, args=(messages, count, line, up, workers.stop, failures), daemon=True).start()
         try:
-            with _signals(workers.stop), keeping(settings, folder, up): well = workers.watch()
+            with _signals(workers.stop), keeping(settings, folder, up), learning(settings, folder, up): well = workers.watch()
         finally: workers.end()
     if failures: raise RecsysError(*failures[0])
     if not well: raise RecsysError("the workers died", f"{address}:{port}", "see the lines above")

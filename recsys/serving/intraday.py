@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'COLUMNS', 'EMPTY', 'told', 'differing', 'matters', 'overlay', 'unsold', 'category_rows', 'sellable_by',
            'day_tables', 'day_version', 'day_folder', 'day_of_night', 'put_in_place', 'Keeper', 'keep', 'main', 'wake',
-           'keeping']
+           'helper', 'keeping']
 
 # %% ../../nbs/5_serving/19_intraday.ipynb #b917d9cc
 import fcntl, logging, logging.config, os, shutil, subprocess, sys, threading, time
@@ -232,28 +232,33 @@ def wake(settings: Settings):
     put = day_folder(settings)/".put"
     if not put.exists(): put.parent.mkdir(parents=True, exist_ok=True); put.touch()
 
-def _spawn(line: bytes) -> subprocess.Popen:
-    "A keeper that was told `line`."
-    process = subprocess.Popen([sys.executable, "-c", "from recsys.serving.intraday import main; main()"], stdin=subprocess.PIPE, start_new_session=True,
+def _spawn(room: str, line: bytes) -> subprocess.Popen:
+    "The process of a room of this wing, which was told `line`."
+    process = subprocess.Popen([sys.executable, "-c", f"from recsys.serving.{room} import main; main()"], stdin=subprocess.PIPE, start_new_session=True,
                                env=os.environ | dict(POLARS_MAX_THREADS="1", NUMBA_NUM_THREADS="1", OMP_NUM_THREADS="1"))
     process.stdin.write(line); process.stdin.flush()
     return process
 
-def _watch(line: bytes, put: Path, ready: threading.Event, stopped: threading.Event):
-    "Have a keeper from `ready` and the file `put` on until `stopped`."
-    while not (ready.is_set() and put.exists()):
+def _watch(room: str, name: str, line: bytes, due, stopped: threading.Event):
+    "Have a process from when it is `due()` until `stopped`."
+    while not due():
         if stopped.wait(.2): return
-    process = _spawn(line)
+    process = _spawn(room, line)
     while not stopped.wait(.5):
-        if process.poll() is not None: log.error("the keeper of the day's version ended with %d", process.returncode); stopped.wait(5); process = _spawn(line)
+        if process.poll() is not None: log.error("%s ended with %d", name, process.returncode); stopped.wait(5); process = _spawn(room, line)
     process.stdin.close()
     try: process.wait(10)
     except subprocess.TimeoutExpired: process.kill(); process.wait()
 
 @contextmanager
-def keeping(settings: Settings, bundles: str | Path, ready: threading.Event):
-    "A process keeps the version of the day during the block, from when it is `ready` and somebody wakes it."
+def helper(room: str, name: str, settings: Settings, bundles: str | Path, due):
+    "A process works beside the workers during the block, from when it is `due()`: `main` of a room of this wing."
     stopped, line = threading.Event(), msgspec.json.encode((settings, str(bundles))) + b"\n"
-    thread = threading.Thread(target=_watch, args=(line, day_folder(settings)/".put", ready, stopped), daemon=True); thread.start()
+    thread = threading.Thread(target=_watch, args=(room, name, line, due, stopped), daemon=True); thread.start()
     try: yield
     finally: stopped.set(); thread.join()
+
+def keeping(settings: Settings, bundles: str | Path, ready: threading.Event):
+    "A process keeps the version of the day during the block, from when it is `ready` and somebody wakes it."
+    put = day_folder(settings)/".put"
+    return helper("intraday", "the keeper of the day's version", settings, bundles, lambda: ready.is_set() and put.exists())

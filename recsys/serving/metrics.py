@@ -46,6 +46,8 @@ def metrics_for(routes: tuple[str, ...]) -> list[Metric]:
             Metric("recsys_answers_total", "counter", "Lists by fallback level; 0: everything took part.", dict(level=LEVELS)),
             Metric("recsys_degraded_total", "counter", "Lists that some part did not take part in."),
             Metric("recsys_fallback_workers", "gauge", "Workers that were told to answer at a fallback level.", dict(level=LEVELS[1:])),
+            Metric("recsys_online_total", "counter", "Lists in which the layer took part that is learned online."),
+            Metric("recsys_online_workers", "gauge", "Workers in whose lists it takes part."),
             Metric("recsys_events_total", "counter", "Events posted, by what became of them.", dict(outcome=OUTCOMES)),
             Metric("recsys_in_flight", "gauge", "Requests being answered."),
             Metric("recsys_log_total", "counter", "Events that came more than an hour late or after a later one; lists that were kept, and that were not.", dict(what=LOGGED)),
@@ -98,8 +100,8 @@ class Meter:
         self.levels, self.degraded, self.outcomes, self.in_flight, self.logged, self.queue, self.queue_bytes = (first[f"recsys_{n}"] for n in ("answers_total", "degraded_total", "events_total", "in_flight", "log_total", "log_queue", "log_queue_bytes"))
         self.v[self.in_flight] = self.v[self.queue] = self.v[self.queue_bytes] = 0
         self.counted = dict.fromkeys(LOGGED, 0) # what is in `logged` of this process
-        self.told = first["recsys_fallback_workers"]
-        self.version(""); self.fallback(0)
+        self.told, self.online_lists, self.online_on = (first[f"recsys_{n}"] for n in ("fallback_workers", "online_total", "online_workers"))
+        self.version(""); self.fallback(0); self.online(False)
 
     def version(self, name: str):
         "Say which bundle is served; a reader in between sees none."
@@ -109,6 +111,10 @@ class Meter:
     def fallback(self, level: int):
         "Say at which level this worker was told to answer; 0: in full."
         for k in range(1, len(LEVELS)): self.v[self.told + k - 1] = float(k == level)
+
+    def online(self, on: bool):
+        "Say whether what is learned online takes part in this worker's lists."
+        self.v[self.online_on] = float(on)
 
     def close(self):
         "Leave the file to another worker."
@@ -128,9 +134,10 @@ def end(meter: Meter, route: str, status: int, seconds: float):
     v[at + bisect_left(BOUNDS, seconds)] += 1; v[at + len(BOUNDS) + 1] += seconds
 
 # %% ../../nbs/5_serving/09_metrics.ipynb #a4882507
-def listed(meter: Meter, level: int, degraded: bool, took_ms: float, stage_ms: dict[str, float]):
-    "A list was made, at a fallback level, in so many milliseconds."
+def listed(meter: Meter, level: int, degraded: bool, took_ms: float, stage_ms: dict[str, float], online: bool = False):
+    "A list was made, at a fallback level, in so many milliseconds, with or without what is learned online."
     v = meter.v
+    if online: v[meter.online_lists] += 1
     v[meter.levels + min(level, len(LEVELS) - 1)] += 1
     if degraded: v[meter.degraded] += 1
     at = meter.stages["total"]

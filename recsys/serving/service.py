@@ -33,6 +33,7 @@ from .freshness import DEMAND, Counters, demand, joined, rising
 from .intraday import day_folder, day_of_night, wake
 from .live_items import for_sale, newer, said, stamped
 from .metrics import Meter, listed, logged, posted
+from .online import Reader
 from .openapi import NAMES
 from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
@@ -119,6 +120,7 @@ class Served(Struct, omit_defaults=True):
     candidates: list[str] = [] # of rank: what was to be put in order
     teams: list[int] = []      # of an interleaved list: whose pick each item is, 0 the control's, 1 the other's
     chances: dict[str, float] = {} # of bandits: how likely the variant was for a unit that takes part
+    added: list[float] = []    # to each score, by what is learned online
 
 def served_record(engine: Engine, request: Request, answer: Answer, asked: int, rows, at: float, exposed=(), kind: str = "recommend", candidates: list[str] = [],
                   teams: list[int] = [], chances: dict[str, float] = {}) -> bytes:
@@ -127,7 +129,8 @@ def served_record(engine: Engine, request: Request, answer: Answer, asked: int, 
     nobody = {} if request.consent else dict(user_id=None, visitor_id=None, session_id=None) # who did not consent is not remembered here either
     slim = msgspec.structs.replace(request, impressions=[], **nobody)
     return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, slim.visitor_id, slim.user_id, items,
-                                      [] if rows is None else engine.work.x[rows].tolist(), list(exposed), answer.took_ms, kind, candidates, teams, chances))
+                                      [] if rows is None else engine.work.x[rows].tolist(), list(exposed), answer.took_ms, kind, candidates, teams, chances,
+                                      [s.online for s in answer.items] if answer.online else []))
 
 # %% ../../nbs/5_serving/16_service.ipynb #a96c4d0c
 class Service:
@@ -138,7 +141,7 @@ class Service:
         self.store, self.log = open_state(settings), EventLog(settings.data_dir, settings.log.keep_hours, settings.log.backlog_mb)
         self.meter, self.pressure = Meter(settings.data_dir/"metrics", NAMES), Pressure(v.shed_ms, v.refuse_ms)
         self.variants = Variants(settings.resolve(settings.experiments.file) if settings.experiments.file else None, shares_file(settings.data_dir), settings.data_dir/RELEASE)
-        self.switch = Switch(settings.data_dir)
+        self.switch, self.reader = Switch(settings.data_dir), Reader(settings.data_dir) if settings.online.learn else None
         self.engine, self.before, self.failed, self.live, self.version = None, None, (None, 0.0), {}, 0
         self.lock, self.explaining = threading.RLock(), asyncio.Semaphore(1) # the lock: of `live` and of what engines know of it
         self.counters, self.counted, self.tail_at, self.count, self.stopped = None, None, 0, 0, threading.Event()
@@ -160,7 +163,12 @@ def _made(service: Service, folder: Path, per_source: int, budget: int, kin: Bun
     if rules: engine.use(rules); warm_up(engine)
     engine.sold, engine.stock = _sellable(engine.bundle, _live(service, engine), datetime.now(timezone.utc)), _counted(engine, _live(service, engine))
     refresh(service, engine)
+    _learned(service, engine)
     return engine
+
+def _learned(service: Service, engine: Engine):
+    "Give `engine` what is learned online on the ranker that it has."
+    if service.reader: engine.layer = service.reader.layer(engine.bundle, len(engine.scores))
 
 def load(service: Service, folder: Path):
     "Open, warm and serve the version in `folder`."
@@ -169,7 +177,7 @@ def load(service: Service, folder: Path):
     with service.lock:
         if served and night_of(served.manifest) != night_of(engine.bundle.manifest): service.before = service.engine
         service.engine = engine
-    _stock(service, service.live.copy(), engine)  # what was put in between
+    _stock(service, service.live.copy(), engine); _learned(service, engine)  # what came in between
     service.meter.version(engine.bundle.manifest["version"])
 
 def promoted(service: Service) -> str:
@@ -190,6 +198,7 @@ def _back(service: Service, folder: Path) -> bool:
         if before is None or night_of(before.bundle.manifest) != folder.name: return False
         _stock(service, service.live.copy(), before)
         service.engine, service.before = before, service.engine
+    _learned(service, before)
     service.meter.version(before.bundle.manifest["version"])
     return True
 
@@ -314,7 +323,7 @@ def _follow_all(service: Service):
     "Follow the promoted version and the experiment file."
     _follow(service)
     if follow(service.variants, service.engine.bundle.folder.name, lambda knobs, rules: _variant(service, knobs, rules)):
-        for engine in _engines(service)[1:]: _stock(service, service.live.copy(), engine)  # what was put in between
+        for engine in _engines(service)[1:]: _stock(service, service.live.copy(), engine); _learned(service, engine)  # what came in between
 
 def keep_up(service: Service, beat: float = .25):
     "Until the service is closed: follow the live items, the demand, the promoted version and the experiments; roll the log and sweep the state from time to time."
@@ -336,9 +345,13 @@ def keep_up(service: Service, beat: float = .25):
         except Exception as e: log.warning("could not keep up: %s", e)
 
 def obey(service: Service, beat: float = .25):
-    "Until the service is closed: look at the switch, whatever else is being done."
+    "Until the service is closed: look at the switch and at what is learned online, whatever else is being done."
     while not service.stopped.wait(beat):
         if service.switch.look(): service.meter.fallback(service.switch.level)
+        if service.reader:
+            if service.reader.look():
+                for engine in _engines(service): _learned(service, engine)
+            service.meter.online(service.engine.layer is not None)
 
 def _tidy(service: Service):
     "Roll the log into files, put those of past days together, let go what is too old; forget visitors that were not seen for long."
@@ -376,6 +389,7 @@ def start(service: Service):
     try: _items(service)
     except RecsysError as e: log.warning("live items are not known yet: %s", e)
     if service.switch.look(): service.meter.fallback(service.switch.level)
+    if service.reader: service.reader.look()
     _first(service)
     _follow(service)
     _tail(service); refresh(service, service.engine)
@@ -424,7 +438,7 @@ def ask(service: Service, request: Request, request_id: str) -> Answer:
     answer.degraded, answer.took_ms = answer.degraded or blind, round(took, 3)
     answer.stage_ms["state"] = round((known - begin) * 1e3, 3)
     if not request.explain: service.pressure.took(level, took)
-    listed(service.meter, answer.fallback_level, answer.degraded, answer.took_ms, answer.stage_ms)
+    listed(service.meter, answer.fallback_level, answer.degraded, answer.took_ms, answer.stage_ms, answer.online > 0)
     service.count += 1
     sampled = engine.last if not teams and service.count % service.settings.serving.features_one_in == 0 else None
     service.log.served(served_record(engine, request, answer, level, sampled, now, teams=teams, **_noted(service, request, chosen)))
