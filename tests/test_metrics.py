@@ -28,7 +28,7 @@ def meter(tmp_path):
 def test_every_figure_is_there_from_the_first_moment(meter, tmp_path):
     page = scrape(tmp_path/"m", NAMES).decode()
     assert [l.split()[2] for l in page.splitlines() if l.startswith("# TYPE")] == [m.name for m in metrics_for(NAMES)] + ["recsys_workers", "recsys_bundle_info"]
-    assert read(tmp_path/"m") == {("recsys_degraded_total",): 0, ("recsys_in_flight",): 0, ("recsys_log_queue",): 0, ("recsys_log_queue_bytes",): 0, ("recsys_workers",): 1}
+    assert read(tmp_path/"m") == {("recsys_degraded_total",): 0, ("recsys_in_flight",): 0, ("recsys_online_total",): 0, ("recsys_online_workers",): 0, ("recsys_log_queue",): 0, ("recsys_log_queue_bytes",): 0, ("recsys_workers",): 1}
     assert page.endswith("\n") and read(tmp_path/"nobody")[("recsys_workers",)] == 0
 
 times = st.one_of(st.floats(0, 5), st.sampled_from(BOUNDS))
@@ -111,7 +111,7 @@ def test_places_that_meant_something_else_begin_anew(tmp_path):
     "An update may exchange two figures; what was counted under the old meaning is neither shown nor counted on."
     old = Meter(tmp_path, NAMES[::-1])
     begin(old); end(old, NAMES[0], 200, .001); old.version("v0")
-    assert read(tmp_path) == {("recsys_degraded_total",): 0, ("recsys_in_flight",): 0, ("recsys_log_queue",): 0, ("recsys_log_queue_bytes",): 0, ("recsys_workers",): 0}
+    assert read(tmp_path) == {("recsys_degraded_total",): 0, ("recsys_in_flight",): 0, ("recsys_online_total",): 0, ("recsys_online_workers",): 0, ("recsys_log_queue",): 0, ("recsys_log_queue_bytes",): 0, ("recsys_workers",): 0}
     old.close()
     new = Meter(tmp_path, NAMES)
     assert len([*tmp_path.iterdir()]) == 1 and not any(k[0] == "recsys_requests_total" for k in read(tmp_path)) and read(tmp_path)["recsys_workers",] == 1

@@ -120,7 +120,7 @@ def first(scores, n, out):
 
 class Moved(NamedTuple):
     "What has been learned since the night, for one question; I items."
-    shift: np.ndarray # float64 [I]: what is added to the score of each item; [0]: nothing is, and nothing below counts
+    shift: np.ndarray # float64 [I]: what is added to the score of each item; [0]: nothing is, and nothing below counts. An engine's own
     near: np.ndarray  # int32 [m]: items that today follow what is being looked at; they become candidates …
     lift: np.ndarray  # float64 [m]: … and so much is added to their scores besides
     added: np.ndarray # float64 [budget]: to the score of each candidate, once it has been; [0] with `shift`
@@ -131,12 +131,13 @@ STILL = Moved(np.zeros(0), np.zeros(0, np.int32), np.zeros(0), np.zeros(0))
 def move(moved, ids, n, scores):
     "Add to the first `n` scores, of the items `ids`, what was learned."
     shift, near, lift, added = moved.shift, moved.near, moved.lift, moved.added
-    for row in range(n if len(shift) else 0):
-        more = shift[ids[row]]
-        for k in range(len(near)):
-            if near[k] == ids[row]: more += lift[k]
-        added[row] = more
-        scores[row] += more
+    if not len(shift): return
+    usual = shift[near]
+    for k in range(len(near)): shift[near[k]] = usual[k] + lift[k]
+    for row in range(n):
+        added[row] = shift[ids[row]]
+        scores[row] += added[row]
+    for k in range(len(near)): shift[near[k]] = usual[k]
 
 @njit(cache=True, nogil=True)
 def tell(work, scores, rows, added, told):
@@ -353,7 +354,7 @@ REPEAT = 1 << SOURCES.index("repeat")
 def _suggestions(engine: Engine, n: int, ranked: bool, cart: bool, segment: np.ndarray | None = None, near: np.ndarray = STILL.near) -> list[Suggestion]:
     """The `n` places of the list, from what the kernel told, with features if it was `ranked`; `cart`: the question has one;
     `segment`: the list of the user's segment, where the popular items are others; `near`: what followed today."""
-    out, ids, titles = [], engine.ids, engine.titles
+    out, ids, titles, near = [], engine.ids, engine.titles, near.tolist()
     for k, (item, bits, top, score, times, days, recency, added) in enumerate(engine.told[:n].tolist(), 1):
         item, bits = int(item), int(bits)
         alike, bought = segment is None or item in segment, (round(times), round(days)) if ranked and bits & REPEAT else None
