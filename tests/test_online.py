@@ -177,7 +177,7 @@ def test_planted_poison_is_found_within_two_thousand_rows_and_cannot_come_back_a
             day(l, 10, np.linspace(-2.5, -1, 40), k, k)
             if l.resets: break
         assert l.resets == 1 and l.rows - rows < 2000 and not l.active and l.now < l.cool <= l.now + online.COOL
-        assert l.acted[-1][0] == "reset" and max(map(abs, l.layer.w.values()), default=0) < .2
+        assert l.acted[-1][0] == "reset" and max(map(abs, l.layer.w.values()), default=0) < LIMIT / 3
         l.guard.up[:] = 20; l._judge()
         assert not l.active, "it has to wait"
         l.now = l.cool; l._judge()

@@ -139,19 +139,23 @@ STAKES = np.array([.9, .5, .25, .1, .05, .02])
 HELPS, HURTS, COOL = 10_000., 1000., 3600. # capitals at which it is believed; seconds after a reset before the layer may take part again
 
 class Guard:
-    "Evidence that the layer helps, and that it hurts: logarithms of the capitals of each stake."
-    def __init__(self, up=None, down=None):
-        self.up, self.down = (np.zeros(len(STAKES)) if a is None else np.array(a, float) for a in (up, down))
+    "Evidence that the layer helps, that it hurts, and that it promises too much: logarithms of the capitals of each stake."
+    def __init__(self, up=None, down=None, level=None):
+        self.up, self.down, self.level = (np.zeros(len(STAKES)) if a is None else np.array(a, float) for a in (up, down, level))
 
     def add(self, d: float, low: float, high: float):
         "A list at which the ranker alone lost `d` more than the layer, where it had to be between -`low` and `high`."
         if low > 1e-9: self.up = np.maximum(self.up, 0) + np.log1p(STAKES * max(d / low, -1.))
         if high > 1e-9: self.down = np.maximum(self.down, 0) + np.log1p(-STAKES * min(d / high, 1.))
 
+    def promised(self, d: float, high: float):
+        "The same list with the level of what was added, where `d` could be `high` at most."
+        if high > 1e-9: self.level = np.maximum(self.level, 0) + np.log1p(-STAKES * min(d / high, 1.))
+
     @property
     def helps(self) -> float: return float(np.exp(np.minimum(self.up, 600)).mean())
     @property
-    def hurts(self) -> float: return float(np.exp(np.minimum(self.down, 600)).mean())
+    def hurts(self) -> float: return float(np.exp(np.minimum([self.down, self.level], 600)).mean(1).max())
 
 # %% ../../nbs/5_serving/23_online.ipynb #edaa2699
 ROWS = 100 # places that one visitor teaches in an hour
@@ -225,7 +229,7 @@ class Learner:
     def __init__(self, version: str, traits: Traits, settings: Settings, memory: "Memory | None" = None):
         s, m = settings, memory or Memory()
         self.version, self.traits, self.window = version, traits, s.online.window_minutes * 60
-        self.base, self.layer, self.guard = Weights(.1, .1, m.base), Weights(.15, 10., m.layer), Guard(m.up, m.down)
+        self.base, self.layer, self.guard = Weights(.1, .1, m.base), Weights(.15, 10., m.layer), Guard(m.up, m.down, m.level)
         self.followed, self.crowd = Followed(s.serving.trending_hours * 3600, s.data.session_gap_minutes * 60, m.links, m.links_since), Crowd(s.data.bot_events_per_minute, s.data.bot_events_per_day)
         self.active, self.until, self.cool, self.lists, self.rows, self.resets = m.active, m.until, m.cool, m.lists, m.rows, m.resets
         self.number, self.position, self.acted = m.number, m.position, []
@@ -294,16 +298,22 @@ def _lesson(self: Learner, w: _Waiting, rows: list[int]):
     now = [self.offset(w.base[k]) for k in rows]
     if self.lists > WARM:
         level = sum(w.more[k] for k in rows) / len(rows)
-        both = [_gains(w.offset[k], w.more[k] - level) for k in rows]
-        if w.era == self.resets: self.guard.add(sum(g[w.y[k]] for g, k in zip(both, rows)), -sum(map(min, both)), sum(map(max, both))); self._judge()
+        if w.era == self.resets: self._bet(w, rows, level); self._judge()
         for k, offset in zip(rows, now): self.layer.learn(_chance(offset + self.correction(w.x[k])) - w.y[k], w.x[k])
     for k, offset in zip(rows, now): self.base.learn(_chance(offset) - w.y[k], w.base[k])
+
+def _bet(self: Learner, w: _Waiting, rows: list[int], level: float):
+    "The bets on one list, relative to its `level` and with it."
+    near, whole = ([_gains(w.offset[k], w.more[k] - by) for k in rows] for by in (level, 0.))
+    came = lambda gains: sum(g[w.y[k]] for g, k in zip(gains, rows))
+    self.guard.add(came(near), -sum(map(min, near)), sum(map(max, near)))
+    if self.active: self.guard.promised(came(whole), sum(map(max, whole)))
 
 def _judge(self: Learner):
     "Let the layer take part, or set it back, by what the guard has."
     if self.guard.hurts >= HURTS: self.reset(f"lists were predicted worse with it than without (evidence {self.guard.hurts:,.0f})")
     elif not self.active and self.guard.helps >= HELPS and self.now >= self.cool:
-        self.active, self.guard.down = True, np.zeros(len(STAKES))
+        self.active, self.guard = True, Guard(self.guard.up)
         self.acted.append(("active", f"lists are predicted better with it than without (evidence {self.guard.helps:,.0f})"))
 
 def reset(self: Learner, why: str):
@@ -313,7 +323,7 @@ def reset(self: Learner, why: str):
     self.layer, self.guard, self.active = Weights(.15, 10.), Guard(), False
     self.resets += 1
 
-Learner.ripen, Learner._lesson, Learner._judge, Learner.reset = ripen, _lesson, _judge, reset
+Learner.ripen, Learner._lesson, Learner._bet, Learner._judge, Learner.reset = ripen, _lesson, _bet, _judge, reset
 
 # %% ../../nbs/5_serving/23_online.ipynb #052555e5
 class Memory(Struct, omit_defaults=True):
@@ -322,6 +332,7 @@ class Memory(Struct, omit_defaults=True):
     layer: dict[str, tuple[float, float]] = {}
     up: list[float] | None = None
     down: list[float] | None = None
+    level: list[float] | None = None
     links: dict[str, dict[str, float]] = {}
     links_since: float = 0.
     active: bool = False
@@ -351,7 +362,7 @@ def published(self: Learner) -> Learned:
     "What can be told now."
     self.number += 1
     links = self.followed.told(self.now)
-    m = Memory(self.base.kept(), self.layer.kept(), self.guard.up.tolist(), self.guard.down.tolist(), self.followed.links, self.followed.since, self.active, self.until,
+    m = Memory(self.base.kept(), self.layer.kept(), self.guard.up.tolist(), self.guard.down.tolist(), self.guard.level.tolist(), self.followed.links, self.followed.since, self.active, self.until,
                self.cool, self.lists, self.rows, self.resets, self.number, self.position)
     return Learned(self.version, self.number, self.now, self.active, self.slope, {f: bounded(float(w)) for f, w in self.layer.w.items() if w}, links, m)
 
@@ -439,14 +450,26 @@ class Layer:
             if i in codes: shift[codes[i]] += v
         self.log_odds, self.slope, self.weight = shift, l.slope, w.get("followed", 0.)
         self.shift, self.added = np.clip(shift, -LIMIT, LIMIT) / l.slope, np.zeros(budget)
-        self.links = {codes[i]: {codes[j]: v for j, v in to.items() if j in codes} for i, to in l.links.items() if i in codes} if self.weight > 0 else {}
+        self.links = {codes[i]: self._followers(to, codes) for i, to in l.links.items() if i in codes} if self.weight > 0 else {}
+
+    @staticmethod
+    def _followers(to: dict[str, float], codes: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        "The items of a row of links, int32, and what they weigh."
+        known = {codes[j]: v for j, v in to.items() if j in codes}
+        return np.fromiter(known, np.int32, len(known)), np.fromiter(known.values(), float, len(known))
 
     def moved(self, context: np.ndarray) -> Moved: # codes, the newest last
-        "What is moved in the list of a question."
-        near = followers(self.links, context.tolist()) if self.links and len(context) else {}
-        if not near: return Moved(self.shift, STILL.near, STILL.lift, self.added)
-        at = np.fromiter(near, np.int32, len(near))
-        both = np.clip(self.log_odds[at] + self.weight * np.fromiter(near.values(), float, len(near)), -LIMIT, LIMIT) / self.slope
+        "What is moved in the list of a question: as `followers`, in codes."
+        rows = [self.links[c] for c in context[-AGO:].tolist() if c in self.links] if self.links else []
+        if not rows: return Moved(self.shift, STILL.near, STILL.lift, self.added)
+        at, w = rows[0] if len(rows) == 1 else map(np.concatenate, zip(*rows))
+        if len(rows) > 1: at, which = np.unique(at, return_inverse=True); w = np.bincount(which, w)
+        new = np.ones(len(at), bool)
+        for c in context.tolist(): new &= at != c
+        at, w = at[new], w[new]
+        best = np.argsort(-w, kind="stable")[:NEAR]
+        at = at[best]
+        both = np.minimum(np.maximum(self.log_odds[at] + self.weight * np.minimum(np.log1p(w[best]), 3.), -LIMIT), LIMIT) / self.slope
         return Moved(self.shift, at, both - self.shift[at], self.added)
 
 class Reader:
