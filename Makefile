@@ -11,6 +11,8 @@ COPY   = $(VENV)/copy
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
+# Threads of torch, LightGBM and FAISS that wait for others sleep: where they spin, a busy machine takes ten times as long.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: help setup run test check-clean check-export check-notebooks check-readme prepare readme docs lab serve bench wheel clean
 

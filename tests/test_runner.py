@@ -97,6 +97,19 @@ def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path):
     said = read_json(folder/"reports"/"runs"/"2024-03-01"/"manifest.json")
     assert not said["whole"] and {n: s["status"] for n, s in said["steps"].items()} == dict(ingest="done", validate="failed")
 
+@pytest.mark.parametrize("given, wanted", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_a_kernel_sleep_while_they_wait_unless_the_operator_says_otherwise(tmp_path, monkeypatch, given, wanted):
+    "Spinning ones made a step ten times as long on a machine that others use, too."
+    import nbformat
+    from recsys.operations.runner import execute
+    monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    settings = load_settings(make_toy(tmp_path/"shop")/"settings.ini")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os\nprint(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])")])
+    nbformat.write(notebook, tmp_path/"env.ipynb")
+    execute(tmp_path/"env.ipynb", tmp_path/"done.ipynb", {}, settings)
+    assert nbformat.read(tmp_path/"done.ipynb", 4).cells[-1].outputs[0].text.split() == [wanted, str(settings.run.threads)]
+    assert os.environ.get("OMP_WAIT_POLICY") == given
+
 def test_what_may_pass_is_tried_again_and_what_may_not_is_not(tmp_path):
     "A connection breaks once, a kernel dies once; then a cell that is wrong."
     once = "import os\nif not os.path.exists('{0}'):\n    open('{0}', 'w').close()\n    {1}"

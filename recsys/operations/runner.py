@@ -163,9 +163,11 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
     for name in ("papermill", "traitlets", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL) # asyncio tells of a cell that an interrupt left behind
-    before = {k: os.environ.get(k) for k in ("RECSYS_SETTINGS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "POLARS_MAX_THREADS", "PYDEVD_DISABLE_FILE_VALIDATION")}
     threads, minutes, job = str(settings.run.threads), settings.schedule.step_minutes, f"job {notebook.stem}"
-    os.environ.update(RECSYS_SETTINGS=settings.file, OMP_NUM_THREADS=threads, NUMBA_NUM_THREADS=threads, POLARS_MAX_THREADS=threads, PYDEVD_DISABLE_FILE_VALIDATION="1")
+    told = dict(RECSYS_SETTINGS=settings.file, OMP_NUM_THREADS=threads, NUMBA_NUM_THREADS=threads, POLARS_MAX_THREADS=threads, PYDEVD_DISABLE_FILE_VALIDATION="1",
+                OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
+    before = {k: os.environ.get(k) for k in told}
+    os.environ.update(told)
     try:
         with tempfile.TemporaryFile() as log, _Guard(minutes * 60) as guard:
             try: papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
