@@ -218,6 +218,20 @@ def test_from_a_log_to_the_sentences(tmp_path):
     assert found["since"] and abs((datetime.fromisoformat(found["since"]) - middle).days) <= 5 and found["after"] < .75 * found["before"]
 
 
+def test_the_page_of_a_log_with_little_to_watch_says_so():
+    "It had a table without rows, whose columns were formatted: the run ended there."
+    import nbformat
+    from pathlib import Path
+    from recsys.operations import charts, drift_page, report
+    few = pl.DataFrame(dict(ts=[datetime(2024, 1, d, tzinfo=timezone.utc) for d in range(1, 6)], visitor_id=list("abcde"), position=[1] * 5, probability=[.1] * 5, outcome=[0, 1, 0, 0, 0]))
+    said = dict(concept=[dict(kind="click", drift=co.concept_drift(few), performance=[], rates=[])])
+    page = nbformat.read(Path(__file__).parent.parent/"nbs/jobs/drift.ipynb", 4)
+    cell, = [c.source for c in page.cells if "Streams of" in c.source]
+    shown = []
+    exec(cell, dict(said=said, pl=pl, report=report, charts=charts, drift_page=drift_page, display=lambda *blocks: shown.extend(blocks)))
+    assert any("Too few visitor-days" in str(vars(b)) for b in shown), shown
+
+
 @pytest.mark.bench
 @pytest.mark.skipif("ELEC2" not in os.environ, reason="set ELEC2 to the Parquet file of the Elec2 stream")
 def test_the_no_change_rule_beats_the_detectors_on_elec2():
