@@ -4252,6 +4252,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'recsys/ranking/arrange.py')},
             'recsys.ranking.calibration': { 'recsys.ranking.calibration._curve': ( '4_ranking/calibration.html#_curve',
                                                                                    'recsys/ranking/calibration.py'),
+                                            'recsys.ranking.calibration._sigmoid': ( '4_ranking/calibration.html#_sigmoid',
+                                                                                     'recsys/ranking/calibration.py'),
                                             'recsys.ranking.calibration.ece': ( '4_ranking/calibration.html#ece',
                                                                                 'recsys/ranking/calibration.py'),
                                             'recsys.ranking.calibration.fit_calibration': ( '4_ranking/calibration.html#fit_calibration',

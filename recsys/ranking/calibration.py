@@ -15,16 +15,22 @@ from ..core.files import full_disk_is_clear
 from ..core.settings import RecsysError
 
 # %% ../../nbs/4_ranking/10_calibration.ipynb #bbc508d2
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    "1 / (1 + exp(-x)), without an overflow."
+    return np.exp(-np.logaddexp(0, -x))
+
 def fit_platt(score: np.ndarray, bought: np.ndarray) -> tuple[float, float]:
     "(a, b) of the likeliest sigmoid 1 / (1 + exp(-(a score + b))), after Platt (1999); a is at least 0."
     hits = bought.sum()
     wish = np.where(bought, (hits + 1) / (hits + 2), 1 / (len(bought) - hits + 2))
     x, w = np.stack([score, np.ones(len(score))], 1), np.array([0., np.log((hits + 1) / (len(bought) - hits + 1))])
+    loss = lambda w: float((np.logaddexp(0, x @ w) - wish * (x @ w)).sum())
     for _ in range(50):
-        p = 1 / (1 + np.exp(-x @ w))
+        p = _sigmoid(x @ w)
         step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-9 * np.eye(2), x.T @ (p - wish))
-        w -= step
-        if np.abs(step).max() < 1e-10: break
+        size = next((.5 ** k for k in range(30) if loss(w - .5 ** k * step) <= loss(w)), 0.) # a whole step may lead far beyond the best place
+        w = w - size * step
+        if np.abs(size * step).max() < 1e-10: break
     return max(float(w[0]), 0.), float(w[1])
 
 # %% ../../nbs/4_ranking/10_calibration.ipynb #eb0e165a
@@ -34,10 +40,12 @@ def fit_isotonic(score: np.ndarray, bought: np.ndarray, per: int = 30) -> tuple[
     order = np.argsort(score, kind="stable")
     score, bought = score[order], bought[order].astype(float)
     starts = np.append(0, np.flatnonzero(np.diff(np.cumsum(bought) // per)) + 1)
+    starts = np.unique(np.searchsorted(score, score[starts])) # equal scores are in one group
     rows = np.diff(np.append(starts, len(score)))
     fit = isotonic_regression(np.add.reduceat(bought, starts) / rows, weights=rows)
     blocks = fit.blocks[:-1]
-    return np.add.reduceat(np.add.reduceat(score, starts), blocks) / np.add.reduceat(rows, blocks), fit.x[blocks]
+    mean = np.add.reduceat(np.add.reduceat(score, starts), blocks) / np.add.reduceat(rows, blocks)
+    return np.maximum.accumulate(mean), fit.x[blocks] # means of equal scores differ in the last bit
 
 # %% ../../nbs/4_ranking/10_calibration.ipynb #903b959b
 KNOTS = 256
@@ -50,7 +58,7 @@ def _curve(score: np.ndarray, probability: np.ndarray) -> np.ndarray:
 def platt_curve(score: np.ndarray, bought: np.ndarray) -> np.ndarray:
     "The sigmoid over the range of `score`."
     (a, b), x = fit_platt(score, bought), np.linspace(score.min(), score.max(), KNOTS)
-    return _curve(x, 1 / (1 + np.exp(-(a * x + b))))
+    return _curve(x, _sigmoid(a * x + b))
 
 def isotonic_curve(score: np.ndarray, bought: np.ndarray) -> np.ndarray: return _curve(*fit_isotonic(score, bought))
 
