@@ -101,21 +101,30 @@ class Line(asyncio.Protocol):
 
 # %% ../../nbs/5_serving/23_http.ipynb #bce60671
 def _begin(self: Line):
-    self.asked, self.fresh, self.due = Asked(), 0, self.front.loop.time() + self.front.limits.seconds
+    self.asked, self.fresh = Asked(), 0
+    self.wait(self.front.limits.seconds)
 
-def _url(self: Line, url: bytes): self.asked.url += url
+def _wait(self: Line, seconds: float):
+    "Wait so long for what is to come; while an answer is made or sent, it is that which counts."
+    if not self.busy: self.due = self.front.loop.time() + seconds
+
+def _measure(self: Line):
+    a, most = self.asked, self.front.limits.head
+    if a.size + len(a.url) > most: a.refused = Refused(431, "too_large", f"the head may have {most} bytes")
+
+def _url(self: Line, url: bytes): self.asked.url += url; self.measure()
 
 def _header(self: Line, name: bytes, value: bytes):
     a = self.asked
     if a.whole: return # behind a body
     a.size += len(name) + len(value) + 4
-    if a.size + len(a.url) > self.front.limits.head: a.refused = Refused(431, "too_large", f"the head may have {self.front.limits.head} bytes"); return
-    a.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+    self.measure()
+    if not a.refused: a.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
 def _head(self: Line):
     a, p, self.fresh = self.asked, self.parser, 0
     a.method, a.keep, a.old, a.whole, a.size = p.get_method().decode(), p.should_keep_alive() and not p.should_upgrade() and not a.refused, p.get_http_version() == "1.0", True, 0
-    self.due = self.front.loop.time() + self.front.limits.seconds
+    self.wait(self.front.limits.seconds)
     self.front.app.admit(a)
     if "expect" in a.headers:
         if a.refused: a.keep = False; self.deliver(a); self.hush()
@@ -131,11 +140,11 @@ def _body(self: Line, part: bytes):
 
 def _complete(self: Line):
     if (a := self.asked) is None: return
-    self.asked, self.due = None, self.front.loop.time() + self.front.limits.idle_seconds
+    self.asked = None
     self.deliver(a)
     if not a.keep: self.deaf = True # whatever follows is not for us
 
-Line.on_message_begin, Line.on_url, Line.on_header, Line.on_headers_complete, Line.on_body, Line.on_message_complete = _begin, _url, _header, _head, _body, _complete
+Line.wait, Line.measure, Line.on_message_begin, Line.on_url, Line.on_header, Line.on_headers_complete, Line.on_body, Line.on_message_complete = _wait, _measure, _begin, _url, _header, _head, _body, _complete
 
 # %% ../../nbs/5_serving/23_http.ipynb #ef826894
 def _deliver(self: Line, a: Asked):
@@ -160,7 +169,7 @@ async def _later(self: Line, a: Asked, said):
 def _send(self: Line, a: Asked, said: bytes):
     self.transport.write(said)
     limits, now = self.front.limits, self.front.loop.time()
-    if not a.keep or self.ended and not self.waiting:
+    if not a.keep or self.front.ending or self.ended and not self.waiting:
         self.over, self.due = True, now + (1 if a.refused else limits.send_seconds)
         if a.refused and not self.ended and self.transport.can_write_eof(): self.deaf = True; self.transport.write_eof() # let them finish their sentence
         else: self.transport.close()
