@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_SHOWINGS', 'PINNED', 'TIRED', 'DIVERSE', 'CAPPED', 'EXPLORED', 'relevance', 'Policy', 'no_policy', 'Showings',
-           'weariness', 'seed_of', 'Places', 'places_for', 'arrange', 'proposed', 'gathered', 'pinned_rows']
+           'weariness', 'seed_of', 'Places', 'places_for', 'first', 'arrange', 'proposed', 'gathered', 'pinned_rows']
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #3be740bb
 from hashlib import blake2b
@@ -43,6 +43,7 @@ class Policy(NamedTuple):
     epsilon: float      # … each with this probability …
     temperature: float  # … with odds that fall e-fold with so much relevance …
     pool: int           # … among so many of the best that are left
+    lifted: bool = True # False: `lift` is known to be zero everywhere
 
 def no_policy(n_items: int) -> Policy:
     "The policy that changes nothing, for a catalogue of `n_items`."
@@ -219,12 +220,42 @@ def _next_held(held, s):
             return c
     return np.int64(-1)
 
+# %% ../../nbs/4_ranking/05_arrange.ipynb #2aca7820
+@njit(cache=True, nogil=True)
+def first(scores, n, out):
+    "Rows of the largest of the first `n` scores, falling, into `out` int64 [k]; ties: the earlier row. How many."
+    found = 0
+    for row in range(n):
+        at = found
+        if found < len(out): found += 1
+        elif scores[row] > scores[out[at - 1]]: at -= 1
+        else: continue
+        while at > 0 and scores[row] > scores[out[at - 1]]:
+            out[at] = out[at - 1]
+            at -= 1
+        out[at] = row
+    return found
+
+@njit(cache=True, nogil=True)
+def _unmoved(ids, scores, policy, out):
+    "Fill the places `out` by falling scores, where nothing but caps could change that; how many, -1: a cap does."
+    n, used = first(scores, len(ids), out.row), np.zeros((len(policy.most), policy.groups), np.int32)
+    for s in range(n):
+        item = ids[out.row[s]]
+        if not _fits(policy, used, item): return -1
+        _count(policy, used, item)
+        out.flag[s], out.chance[s] = 0, 1.0
+    return n
+
 # %% ../../nbs/4_ranking/05_arrange.ipynb #7a1a5a25
 @njit(cache=True, nogil=True)
 def arrange(ids, scores, vectors, category, policy, showings, seed, out):
     """Fill the places `out` with the best of the candidates `ids` int32 [c] under `policy`; how many are filled.
 
     `scores` [c]: the ranker's; `vectors` float32 [I, d], `category` int32 [I, 3]: by item code; `seed` uint64: of the request."""
+    if not policy.lifted and policy.diversity == 0 and policy.explored == 0 and len(policy.pin) == 0 and (policy.tired <= 0 or len(showings.item) == 0) and len(out.row) <= 64:
+        n = _unmoved(ids, scores, policy, out)
+        if n >= 0: return n
     n, order = min(len(out.row), len(ids)), np.argsort(-scores, kind="mergesort")  # ties: the earlier candidate
     ids, tired = ids[order], weariness(ids[order], showings, policy.shown, policy.days, policy.tired)
     base, near, value = relevance(scores[order]) - tired, np.zeros(len(ids)), np.zeros(len(ids))

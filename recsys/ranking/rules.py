@@ -295,7 +295,7 @@ def policy_of(c: Catalogue, rules: Rules, placement: str | None, lift: np.ndarra
     pins = sorted((r.place - 1, c.codes[r.item]) for r in rules.pin if holds(r, placement) and r.item in c.codes)
     group = np.array([group_of(c, r) for r in caps], np.int32).reshape(len(caps), len(c.path))
     f, d, e = (r if r and holds(r, placement) else None for r in (rules.fatigue, rules.diversity, rules.exploration))
-    p = no_policy(0)._replace(lift=lift, group=group, groups=int(group.max(initial=-1)) + 1, most=np.array([r.most for r in caps], np.int64),
+    p = no_policy(0)._replace(lift=lift, lifted=bool(lift.any()), group=group, groups=int(group.max(initial=-1)) + 1, most=np.array([r.most for r in caps], np.int64),
                               pin=np.array([i for _, i in pins], np.int32), place=np.array([at for at, _ in pins], np.int64))
     if f: p = p._replace(shown=f.shown, days=float(f.days), tired=float(f.strength))
     if d: p = p._replace(diversity=float(d.strength), by_vector=d.by == "vector")
@@ -357,7 +357,7 @@ class Rulebook:
     def view(self, placement: str | None, filter: Filter | None) -> View:
         "The view of a placement under a request's filter; the latest are kept."
         placement = placement if placement in self.placements else None
-        key = placement, msgspec.msgpack.encode(filter, order="deterministic")
+        key = placement, filter and msgspec.msgpack.encode(filter, order="deterministic")
         if key not in self.views: self.views[key] = View(self.narrow(placement, filter), *self.policy(placement))
         self.views.move_to_end(key)
         if len(self.views) > self.keep: self.views.popitem(last=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Id', 'MOST', 'Ids', 'STILL', 'REPEAT', 'POPULAR', 'KIN', 'Impression', 'Request', 'Suggestion', 'Answer', 'Scorer',
-           'HandleType', 'Handle', 'handle_of', 'first', 'Moved', 'move', 'tell', 'Engine', 'rank_ruled', 'rank_cases',
+           'HandleType', 'Handle', 'handle_of', 'Moved', 'move', 'tell', 'Engine', 'rank_ruled', 'rank_cases',
            'reasons_of', 'contributions_of', 'recommend', 'candidates_of', 'rank', 'similar']
 
 # %% ../../nbs/5_serving/02_engine.ipynb #061b7e73
@@ -19,7 +19,7 @@ from numba.experimental import structref
 
 from ..core.lanes import ticks
 from ..features.definitions import ABSENT, NAMES, SOURCES
-from ..ranking.arrange import NO_SHOWINGS, Places, Policy, Showings, arrange, gathered, no_policy, pinned_rows, places_for, proposed, seed_of
+from ..ranking.arrange import NO_SHOWINGS, Places, Policy, Showings, arrange, first, gathered, no_policy, pinned_rows, places_for, proposed, seed_of
 from ..ranking.calibration import probability_of
 from ..ranking.ranker import POSITION, as_served
 from ..ranking.rows import MAX_CONTEXT, Cases, STARTS, candidate_rows, own_columns, shown_rows, work_for
@@ -104,20 +104,6 @@ def handle_of(state, policy, work, scorer, scores, places, clock, told):
     return Handle(state, policy, work, scorer, scores, places, clock, told)
 
 @njit(cache=True, nogil=True)
-def first(scores, n, out):
-    "Rows of the largest of the first `n` scores, falling, into `out` int64 [k]; ties: the earlier row. How many."
-    found = 0
-    for row in range(n):
-        at = found
-        if found < len(out): found += 1
-        elif scores[row] > scores[out[at - 1]]: at -= 1
-        else: continue
-        while at > 0 and scores[row] > scores[out[at - 1]]:
-            out[at] = out[at - 1]
-            at -= 1
-        out[at] = row
-    return found
-
 class Moved(NamedTuple):
     "What has been learned since the night, for one question; I items."
     shift: np.ndarray # float64 [I]: what is added to the score of each item; [0]: nothing is, and nothing below counts. An engine's own
@@ -384,6 +370,7 @@ def _view(engine: Engine, request: Request) -> View:
 def _note(engine: Engine, view: View, suggestions: list[Suggestion], places: Places):
     "Write into `suggestions` which rules touched them, and their propensities."
     lifted = len(view.lifts.names) > 0
+    if not (lifted or places.flag.any() or (places.chance != 1).any()): return # as most lists are
     for s, flag, chance in zip(suggestions, places.flag.tolist(), places.chance.tolist()):
         s.propensity = chance
         if flag or lifted: s.rules = touched(view, engine.bundle.item_codes[s.item_id], flag)
@@ -412,7 +399,8 @@ def recommend(engine: Engine, request: Request, request_id: str, level: int = 0)
         suggestions = _suggestions(engine, len(rows), ranked, len(context) > 0, segment, moved.near)
         _note(engine, view, suggestions, places)
     if ranked:
-        for suggestion, chance in zip(suggestions, _chances(engine, scores, len(context) > 0)): suggestion.probability = chance
+        if bundle.calibration is not None:
+            for suggestion, chance in zip(suggestions, _chances(engine, scores, len(context) > 0)): suggestion.probability = chance
         if request.explain:
             for suggestion, why in zip(suggestions, contributions_of(engine.ranker, engine.work.x[rows])): suggestion.contributions = why
     engine.last = rows if ranked else engine.nobody

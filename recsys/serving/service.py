@@ -127,7 +127,7 @@ def served_record(engine: Engine, request: Request, answer: Answer, asked: int, 
     "The line for the log; `rows` of the engine's memory whose features are kept, or None."
     items = [(s.item_id, s.score, s.propensity, s.source) for s in answer.items]
     nobody = {} if request.consent else dict(user_id=None, visitor_id=None, session_id=None) # who did not consent is not remembered here either
-    slim = msgspec.structs.replace(request, impressions=[], **nobody)
+    slim = msgspec.structs.replace(request, impressions=[], **nobody) if nobody or request.impressions else request
     return msgspec.json.encode(Served(answer.request_id, at, answer.model_version, answer.variant, answer.fallback_level, asked, slim, slim.visitor_id, slim.user_id, items,
                                       [] if rows is None else engine.work.x[rows].tolist(), list(exposed), answer.took_ms, kind, candidates, teams, chances,
                                       [s.online for s in answer.items] if answer.online else []))
