@@ -1,11 +1,11 @@
 "From a folder of files to a project: what is recognised, what is proposed, what is refused, and that nothing of the user's is touched."
-import json, tomllib
+import json, subprocess, tomllib
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given, settings as few, strategies as st
+from hypothesis import example, given, settings as few, strategies as st
 
 from recsys.core.files import file_digest
 from recsys.core.settings import RecsysError, load_settings, shipped
@@ -14,7 +14,7 @@ from recsys.data.mapping import read_mapping
 from recsys.data.presets import PRESETS
 from recsys.data.recognise import FORMATS, mapping_text, pattern_of, propose, time_of
 from recsys.operations.init import SMALL, aims, columns_said, with_values, windows
-from shop import events, recsys, write_csv
+from shop import COMMAND, events, recsys, write_csv
 from test_importers import SHAPES
 
 USUAL = shipped("settings.ini").read_text(encoding="utf-8")
@@ -81,16 +81,57 @@ def test_a_product_column_without_a_telling_name_is_found_by_what_it_points_at(t
 def test_what_cannot_be_told_is_asked_for_or_refused_with_the_answer(tmp_path):
     folder = tmp_path/"files"; folder.mkdir()
     write_csv(folder/"log.csv", [dict(a=f"2026-01-{1 + n % 28:02}T10:00:00", b=f"u{n % 5}", c=f"x{n % 9}") for n in range(60)])
-    with pytest.raises(RecsysError, match=r"--column item_id=NAME; the file has: a, b, c"): propose(folder)
+    with pytest.raises(RecsysError, match=r"which product is meant, or who it was.*--column item_id=NAME --column user_id=NAME; the file has: a, b, c"): propose(folder)
     asked = []
-    def answer(question, columns): asked.append(question); return "c" if "product" in question else "b"
+    def answer(question, options, default): asked.append((question, default)); return "c" if "product" in question else default or "b"
     p = propose(folder, None, answer)
-    assert len(asked) == 2 and p.sections["events"]["columns"] == dict(ts="a", item_id="c", user_id="b")
+    assert [d for _, d in asked] == ["a", None, None, "none"] and p.sections["events"]["columns"] == dict(ts="a", item_id="c", user_id="b")
     assert propose(folder, dict(item_id="c", user_id="b")).sections["events"]["columns"] == p.sections["events"]["columns"]
+    with pytest.raises(RecsysError, match="no column says which product"): propose(folder, None, lambda question, options, default: default)
+
+def test_the_proposal_can_be_corrected_column_by_column(tmp_path):
+    "Names mislead here: `user` is the seller, `type` a colour, and acts are numbers."
+    folder = tmp_path/"files"; folder.mkdir()
+    write_csv(folder/"log.csv", [dict(time=f"2026-01-{1 + n % 28:02}T10:00:00", user=f"s{n % 3}", who=f"p{n % 5}", item=f"x{n % 9}", type="red", code=1 + n % 4) for n in range(60)])
+    said = {"who it was": "who", "what was done": "code", "'1' in 'code'": "view", "'2' in 'code'": "add_to_cart", "'3' in 'code'": "purchase"}
+    def answer(question, options, default):
+        found = next((a for part, a in said.items() if part in question), default)
+        assert found in options
+        return found
+    p, toml = project(folder, ask=answer)
+    rows = rows_of(open_mapping(toml).events)
+    assert sorted({*rows["visitor_id"]}) == [f"p{n}" for n in range(5)] and p.custom_types == ["4"]
+    assert sorted({*rows["event_type"]}) == ["4", "add_to_cart", "purchase", "view"] and rows["problem"].null_count() == 60
+
+def test_a_doubtful_date_is_asked_about(tmp_path):
+    folder = tmp_path/"files"; folder.mkdir()
+    write_csv(folder/"log.csv", [dict(time=f"0{1 + n % 9}/0{1 + n % 3}/2026", user=f"p{n % 5}", item=f"x{n % 9}") for n in range(60)])
+    unasked = propose(folder)
+    assert any("could be" in d for d in unasked.doubts) and unasked.sections["events"]["ts_format"] == "%d/%m/%Y"
+    p, toml = project(folder, ask=lambda question, options, default: "%m/%d/%Y" if "meant" in question else default)
+    assert not any("could be" in d for d in p.doubts) and {t.month for t in rows_of(open_mapping(toml).events)["ts"]} == set(range(1, 10))
+
+def test_lines_without_times_are_refused_or_take_made_up_ones(tmp_path):
+    folder = tmp_path/"files"; folder.mkdir()
+    write_csv(folder/"log.csv", [dict(user=f"p{n % 5}", item=f"x{n % 9}") for n in range(60)])
+    with pytest.raises(RecsysError, match=r"no column says when.*--column ts=NAME \(or ts=none: the lines are in the order of time\)"): propose(folder)
+    for how in (dict(said=dict(ts="none")), dict(ask=lambda question, options, default: "none" if "when" in question else default)):
+        p, toml = project(folder, **how)
+        ts = rows_of(open_mapping(toml).events)["ts"]
+        assert ts.is_sorted() and ts.n_unique() == 60 and any("made up" in d for d in p.doubts)
+
+def test_a_column_that_no_file_has_is_refused(tmp_path):
+    folder = tmp_path/"files"; folder.mkdir()
+    write_csv(folder/"log.csv", [dict(time="2026-01-01T10:00:00", user=f"p{n % 5}", item=f"x{n % 9}") for n in range(60)])
+    with pytest.raises(RecsysError, match="no column 'itm'.*time, user, item"): propose(folder, dict(item_id="itm"))
+    write_csv(folder/"things.csv", [dict(sku=f"x{n}", label=f"Thing {n}", text="long") for n in range(9)])
+    p, toml = project(folder, said=dict(title="label"))
+    assert rows_of(open_mapping(toml).items)["title"].to_list()[0] == "Thing 0"
 
 name = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters='\r\n\x00'), min_size=1, max_size=12)
 
 @few(max_examples=60)
+@example(["0", "\x7f", "00"], "\x7f")
 @given(st.lists(name, min_size=3, max_size=6, unique=True), st.text(max_size=20))
 def test_any_column_names_make_a_mapping_that_reads_back(tmp_path_factory, names, folder):
     from recsys.data.recognise import Proposal
@@ -193,6 +234,25 @@ def test_wrong_questions_get_one_line(made, args, parts):
     r = recsys(made[0], "init", *args)
     assert r.returncode == 1 and len(r.stderr.strip().splitlines()) == 1 and all(p in r.stderr for p in parts), r.stderr
     assert not (made[0]/"x").exists()
+
+def test_a_stranger_at_a_terminal_is_asked(tmp_path):
+    "Of a real terminal: what is proposed needs Enter alone, what is answered wrongly is asked again, and no cell of a file moves the cursor."
+    import os, pty
+    (tmp_path/"files").mkdir()
+    write_csv(tmp_path/"files"/"log.csv", [dict(at=f"2026-01-{1 + n % 28:02}T{n % 24:02}:00:00", who_user=f"u{n % 5}", ref=f"\x1b[2Jx{n % 9}", act="seen") for n in range(400)])
+    master, slave = pty.openpty()
+    run = subprocess.Popen([COMMAND, "init", "files"], cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, env=os.environ | dict(TERM="dumb", COLUMNS="400"))
+    os.close(slave)
+    os.write(master, b"\nnonsense\nref\n\n2\n") # when: as proposed; which product; who: as proposed; what was done: the second, which is nothing in particular
+    shown = b""
+    try:
+        while part := os.read(master, 1 << 16): shown += part
+    except OSError: pass # how Linux says that the other end is closed
+    os.close(master)
+    text = shown.decode()
+    assert run.wait(timeout=300) == 0 and "Enter for at" in text and "'nonsense' is none of them" in text and "(2026-01-01T00:00:00, 2026-01-02T01:00:00" in text, text
+    assert "\x1b[2Jx" not in text.split("recognised")[0]
+    assert tomllib.loads((tmp_path/"files-recsys"/"shop.toml").read_text())["events"]["columns"] == dict(ts="at", item_id="ref", user_id="who_user")
 
 def test_a_folder_without_tables_is_refused(tmp_path):
     (tmp_path/"photos").mkdir(); (tmp_path/"photos"/"cat.jpg").write_bytes(b"\xff\xd8")

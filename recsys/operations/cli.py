@@ -102,9 +102,9 @@ def _without_ranker(made):
     from pathlib import Path
     from recsys.operations.init import next_items, quick
     from recsys.operations.runner import STEPS, run
-    with quick(made) as s, _Steps() as steps: done = run(s, say=steps.say, steps=STEPS[:4])
+    with quick(made, ranker=dict(snapshots=1)) as s, _Steps() as steps: done = run(s, say=steps.say, steps=STEPS[:4])
     cart, found = next_items(s, {n: Path(r["folder"]) for n, r in done.items()})
-    _shown(found, f"what others went on with after {', '.join(cart) or 'nothing'}; without a ranker, and not published")
+    _shown(found, f"what others went on with after {', '.join(cart) or 'nothing'}: a quick look, without a ranker, and not published")
 
 def _first_list(made):
     "Run a quick cycle, and print a list for somebody."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TARGETS', 'QUICK', 'SMALL', 'with_values', 'check_free', 'write_project', 'aims', 'windows', 'counted', 'facts',
            'faults', 'alike', 'all_checks', 'first_types', 'coming_back', 'Made', 'make_project', 'quick_environment',
-           'quick', 'regular', 'in_demand', 'next_items', 'keen_shop', 'simulated_project', 'tiny_shop', 'tiny_version',
-           'ask_on_terminal', 'columns_said', 'told']
+           'quick', 'regular', 'in_demand', 'newest', 'next_items', 'keen_shop', 'simulated_project', 'tiny_shop',
+           'tiny_version', 'ask_on_terminal', 'columns_said', 'told']
 
 # %% ../../nbs/9_operations/33_init.ipynb #76d89ffa
 import os, re
@@ -71,7 +71,7 @@ def windows(day_counts: dict[date, int], # of the target event, by day
     e, r = usual.evaluation, usual.ranker
     enough = n[-e.test_days:].sum() >= .03 * n.sum() and n[-e.test_days - e.validation_days:-e.test_days].sum() >= .03 * n.sum()
     if len(n) > e.test_days + e.validation_days + r.snapshots * r.snapshot_gap_days and enough: return {}
-    if len(n) < 4: raise RecsysError(f"{len(n)} days of history", "these files", "four days are the least that can be learnt from and judged by; some weeks are better")
+    if len(n) < 4: raise RecsysError(f"{counted(len(n), 'day')} of history", "these files", "four days are the least that can be learnt from and judged by; some weeks are better")
     late = np.cumsum(n[::-1]) / n.sum()                                     # share of the events in the last 1, 2, … days
     test = int(np.clip(np.searchsorted(late, .2) + 1, 1, len(n) - 3))
     valid = int(np.clip(np.searchsorted(late, .4) + 1 - test, 1, len(n) - test - 2))
@@ -160,11 +160,13 @@ def _fitted(made: Made, usual: str, start: dict, project: Path) -> Made:
     "`made` with what was found in the ingested events, and with windows that fit them."
     said, seen = read_json(made.ingested/"ingest.json") | dict(alike=alike(made.ingested/"events")), look(made.ingested/"events", made.settings)
     bought = {d: n for d, n in zip(seen.days["day"], seen.days["bought"]) if n}
-    made.facts = facts(said, with_preset(read_mapping(project/"shop.toml").events, "events", None).clock)
+    clock = with_preset(read_mapping(project/"shop.toml").events, "events", None).clock
+    made.facts = facts(said, clock)
     try: fit = windows(bought, date.fromisoformat(said["moment"][:10]), made.settings) if bought else {}
     except RecsysError as e: fit, made.too_short = {}, str(e)
     share = coming_back(made.ingested, made.settings.data.target_event)
     if share < .01: made.strangers = f"{share:.1%} of the visitors come back under the same id: no ranker can learn from them, but what others went on with can be told"
+    elif clock and clock.start: made.strangers = "the files have no times, and a ranker that learnt from made-up weeks could not be judged; but what others went on with can be told"
     together = {k: start.get(k, {}) | fit.get(k, {}) for k in {**start, **fit}}
     made.settings = write_project(project, {"settings.ini": with_values(usual, together)})
     made.changed = {k: made.changed.get(k, {}) | fit.get(k, {}) for k in {**made.changed, **fit}}
@@ -173,17 +175,18 @@ def _fitted(made: Made, usual: str, start: dict, project: Path) -> Made:
     return made
 
 # %% ../../nbs/9_operations/33_init.ipynb #a252a8ad
-QUICK = dict(embeddings=dict(examples=100_000), candidates=dict(neighbours=30, per_source=80, budget=200), ranker=dict(snapshots=2, negatives=30, trees=100),
+QUICK = dict(embeddings=dict(examples=100_000, dimensions=32), factors=dict(dimensions=16, iterations=4), candidates=dict(neighbours=30, per_source=80, budget=200), ranker=dict(snapshots=2, negatives=30, trees=100),
     evaluation=dict(bootstrap_samples=200), drift=dict(permutations=199, shap_rows=500, users=1000))
 
-def quick_environment(s: Settings) -> dict[str, str]:
-    "Environment variables that make the numbers of `QUICK` hold where those of the settings are larger."
-    return {f"RECSYS_{section}_{key}".upper(): str(min(n, getattr(getattr(s, section), key))) for section, keys in QUICK.items() for key, n in keys.items()}
+def quick_environment(s: Settings, **more: dict[str, int]) -> dict[str, str]:
+    "Environment variables that make the numbers of `QUICK`, and of `more` sections, hold where those of the settings are larger."
+    most = {section: QUICK.get(section, {}) | more.get(section, {}) for section in {**QUICK, **more}}
+    return {f"RECSYS_{section}_{key}".upper(): str(min(n, getattr(getattr(s, section), key))) for section, keys in most.items() for key, n in keys.items()}
 
 @contextmanager
-def quick(made: Made):
-    "The settings of a project with quick numbers, which hold for what is run in the block."
-    more = quick_environment(made.settings)
+def quick(made: Made, **more: dict[str, int]):
+    "The settings of a project with quick numbers, and with those of `more` sections, which hold for what is run in the block."
+    more = quick_environment(made.settings, **more)
     before = {k: os.environ.get(k) for k in more}
     os.environ.update(more)
     try: yield load_settings(made.settings.file)
@@ -209,22 +212,31 @@ def in_demand(ingested: Path, target: str, n: int = 10) -> pl.DataFrame:
     return found.collect().drop_nulls("item_id").sort([target, "visitors", "item_id"], descending=[True, True, False]).head(n).join(items, "item_id", "left", maintain_order="left").select("item_id", "title", target, "visitors")
 
 # %% ../../nbs/9_operations/33_init.ipynb #6a0c4ac5
+def newest(lines: pl.DataFrame) -> tuple[int, np.ndarray, np.ndarray]:
+    "Of the newest session of more than two products: -1, the last five without the very last, and none. Of the newest person with more than two, if no session has: their code, the last five, and all."
+    for key in ("session", "user"):
+        last = lines.sort("ts").group_by(key, maintain_order=True).agg("item", pl.col("ts").last()).filter(pl.col("item").list.len() > 2).sort("ts").tail(1)
+        if not last.height: continue
+        item = last["item"][0].to_numpy().astype(np.int32)
+        return (-1, item[:-1][-5:], item[:0]) if key == "session" else (last[key][0], item[-5:], item)
+    return -1, np.zeros(0, np.int32), np.zeros(0, np.int32)
+
 def next_items(s: Settings, folders: dict[str, Path], n: int = 10) -> tuple[list[str], pl.DataFrame]:
-    "The last products of the newest session, without the very last, and the `n` that the candidate sources propose after them: item_id, title, sources."
+    "What somebody had, and the `n` products that the candidate sources propose after it: item_id, title, sources."
     from recsys.candidates.blend import load_state
     from recsys.features.build import day_of, read_moments
     from recsys.features.definitions import ABSENT, SOURCES
     from recsys.ranking.arrange import proposed
     from recsys.ranking.rows import work_for
     day, items = day_of(read_moments(folders["features"]).now), pl.read_parquet(folders["features"]/"catalogue.parquet")
-    state, lines = load_state(folders["features"]/day, folders["candidates"]/day), pl.read_parquet(folders["features"]/"lines.parquet").sort("ts")
-    last = lines.group_by("session", maintain_order=True).agg("item", pl.col("ts").last()).filter(pl.col("item").list.len() > 2).sort("ts").tail(1)
-    cart = last["item"][0].to_numpy()[:-1][-5:].astype(np.int32) if last.height else np.zeros(0, np.int32)
+    state = load_state(folders["features"]/day, folders["candidates"]/day)
     work = work_for(state, s.candidates.per_source, s.candidates.budget)
-    found = work.ids[:min(n, proposed(state, work, -1, cart, cart, np.zeros(0, np.int32)))]
+    user, had, own = newest(pl.read_parquet(folders["features"]/"lines.parquet"))
+    cart = had if user < 0 else own[:0]
+    found = work.ids[:min(n, proposed(state, work, user, cart, cart if user < 0 else own, own[:0]))]
     by = [", ".join(name for name, rank in zip(SOURCES, ranks) if rank < ABSENT) for ranks in work.ranks[:len(found)]]
     name = lambda c: items["title"][int(c)] or items["item_id"][int(c)]
-    return [name(c) for c in cart], pl.DataFrame(dict(item_id=[items["item_id"][int(c)] for c in found], title=[items["title"][int(c)] for c in found], sources=by), schema_overrides=dict(title=pl.String))
+    return [name(c) for c in had], pl.DataFrame(dict(item_id=[items["item_id"][int(c)] for c in found], title=[items["title"][int(c)] for c in found], sources=by), schema_overrides=dict(title=pl.String))
 
 # %% ../../nbs/9_operations/33_init.ipynb #c54ce244
 SMALL = dict(features=dict(windows_days="7, 14, 30", history_items=50, recent_items=10), embeddings=dict(dimensions=16, history_items=16, examples=20000, batch_size=256, min_events=3),
@@ -281,12 +293,16 @@ def tiny_version(s: Settings, version: str) -> Path:
     return folder
 
 # %% ../../nbs/9_operations/33_init.ipynb #17362b28
-def ask_on_terminal(question: str, columns: list[str]) -> str | None:
-    "The column that the user names or numbers; None for nothing."
-    print(question + "".join(f"\n  {i}  {c}" for i, c in enumerate(columns, 1)))
-    answer = input("number or name, nothing to stop: ").strip()
-    if answer.isdigit() and 1 <= int(answer) <= len(columns): return columns[int(answer) - 1]
-    return answer if answer in columns else None
+def ask_on_terminal(question: str, options: dict[str, str], default: str | None) -> str | None:
+    "What the user chooses of `options`, {answer: example}, by name or number; `default` for nothing, which is None if nothing is proposed."
+    clean, names = (lambda text: "".join(c if c.isprintable() else "�" for c in text)), [*options] # a file may hold what moves the cursor
+    print(clean(question) + "".join(f"\n  {i:2}  {clean(name)}" + (f"  ({clean(shown)})" if shown else "") for i, (name, shown) in enumerate(options.items(), 1)))
+    while True:
+        try: answer = input(f"name or number, Enter {f'for {clean(default)}' if default else 'to stop'}: ").strip()
+        except EOFError: print(); return default
+        if not answer or answer in options: return answer or default
+        if answer.isdecimal() and 1 <= int(answer) <= len(names): return names[int(answer) - 1]
+        print(f"'{clean(answer)}' is none of them")
 
 def columns_said(given: list[str]) -> dict[str, str]:
     "{ours: theirs} of --column options."
