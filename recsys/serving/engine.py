@@ -103,7 +103,6 @@ def handle_of(state, policy, work, scorer, scores, places, clock, told):
     "A handle. The class makes one as well, but is compiled anew in every process, which takes seconds."
     return Handle(state, policy, work, scorer, scores, places, clock, told)
 
-@njit(cache=True, nogil=True)
 class Moved(NamedTuple):
     "What has been learned since the night, for one question; I items."
     shift: np.ndarray # float64 [I]: what is added to the score of each item; [0]: nothing is, and nothing below counts. An engine's own
