@@ -212,7 +212,12 @@ def listed(port, **request):
     got = http_ask(port, body=request)[2]
     return [s["item_id"] for s in got["items"]], got["model_version"]
 
-def keepers(pid): return [c for c in psutil.Process(pid).children() if "intraday" in " ".join(c.cmdline()) and c.status() != psutil.STATUS_ZOMBIE]
+def words(process):
+    "Its command; nothing of one that has ended, whom nobody asked for its status yet."
+    try: return " ".join(process.cmdline())
+    except psutil.Error: return ""
+
+def keepers(pid): return [c for c in psutil.Process(pid).children() if "intraday" in words(c)]
 
 def hammer(port, stop, answers, failures):
     "Ask without pause; (version, whether the new item was there) of each answer."
