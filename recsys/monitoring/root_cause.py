@@ -177,7 +177,7 @@ def root_causes(columns: list[Column], profile: Profile, current: Window, tables
     if not events or not segments: return []
     found, best = blamed(events, *(tallies(t, events, segments, profile) for t in tables), alpha, permutations, seed), {}
     for cause in found: best.setdefault(cause.column, cause)
-    dates = {n: profile.frozen[n].scale for n, t in tables[1].schema.items() if (t == pl.Date or isinstance(t, pl.Datetime)) and n in profile.frozen}
+    dates = {n: profile.frozen[n].scale if n in profile.frozen else 0. for n, t in tables[1].schema.items() if t == pl.Date or isinstance(t, pl.Datetime)}
     time = min((n for n, sd in dates.items() if sd < 365 * 86400e6), key=dates.get, default=None) # events lie close together; birthdays do not, and do not say when
     for cause in best.values():
         if time and cause.value != "any other": cause.since = _since(cause, next(e for e in events if e.column == cause.column), tables[1], profile, time)
