@@ -48,6 +48,7 @@ def test_a_changed_setting_repeats_only_what_depends_on_it(published, shop):
     again = recsys(shop, "run", "--allow-regression", env=dict(RECSYS_DRIFT_PSI_LIMIT="0.2"))
     assert [n for n, l in lines(again.stdout).items() if "skipped" not in l] == ["drift", "decide", "publish"], again.stdout + again.stderr
 
+@pytest.mark.bench # several runs of the cycle
 def test_the_drift_job_reads_what_was_served_until_its_moment(published, shop):
     "Lists of all kinds, also of a day after the moment, in the steps that the run left."
     end = datetime.fromisoformat(json.loads(next((shop/"data/steps").glob("ingest-*/ingest.json")).read_text())["moment"])
@@ -70,6 +71,7 @@ def test_the_drift_job_reads_what_was_served_until_its_moment(published, shop):
     assert said["embeddings"]["sentence"] in page.read_text().replace("&#x27;", "'") and len(page.read_bytes()) < 300_000
     assert said["concept"][0]["drift"]["sentence"].startswith(("Without impressions", "Too few"))
 
+@pytest.mark.bench # several runs of the cycle
 def test_new_lists_make_a_new_report_and_no_new_version(published, shop):
     "A list served before the moment is a reason for the drift step; one served after it is none, and the bundle stays the same."
     end = datetime.fromisoformat(json.loads(next((shop/"data/steps").glob("ingest-*/ingest.json")).read_text())["moment"])
@@ -100,6 +102,7 @@ def test_every_step_has_its_page_and_pages_ask_nobody(published, shop):
         assert len(text) < 1_500_000 and not re.search(r"""(?:src|href)=["']?(?:https?:)?//|@import|url\(\s*["']?https?:""", text), p.name
         assert str(shop) not in text, f"{p.name} tells the path of the machine"
 
+@pytest.mark.bench # several runs of the cycle
 def test_the_date_moves_the_moment(published, shop):
     r = recsys(shop, "run", "--allow-regression", "--date", "2024-04-15", "--json", "early.json")
     assert r.returncode == 0, r.stderr
@@ -110,6 +113,7 @@ def test_the_date_moves_the_moment(published, shop):
     said = json.loads((shop/"reports/runs/2024-04-15/run.json").read_text())["headline"]["sentence"]
     assert f"Since the run of {published['figures']['date']}: " in said
 
+@pytest.mark.bench # several runs of the cycle
 def test_the_same_seed_gives_the_same_figures(published, tmp_path):
     other = make_shop(tmp_path/"again")
     r = recsys(other, "run", "--allow-regression", "--json", "figures.json")
@@ -134,6 +138,7 @@ def test_what_lost_is_not_published(tmp_path):
     again = recsys(folder, "run", "--allow-regression")
     assert again.returncode == 0 and [n for n, l in lines(again.stdout).items() if "skipped" not in l] == ["publish"]
 
+@pytest.mark.bench # several runs of the cycle
 def test_the_gate_lets_an_equal_ranker_in_and_keeps_one_out_that_says_the_opposite(published, shop, tmp_path):
     "Beside the version of the run, on its own test weeks. The failed checks are those that it must fail."
     from recsys.core.settings import load_settings
@@ -205,6 +210,7 @@ def test_interrupting_is_no_failure(tmp_path):
     assert p.returncode == 130 and err.strip().splitlines()[-1].startswith("recsys: interrupted") and "Traceback" not in err, err
     assert not [d for d in (folder/"data").rglob(".*.tmp-*")] and (folder/"data/steps").is_dir()
 
+@pytest.mark.bench # several runs of the cycle
 def test_going_back_to_a_result_makes_it_current_again(published, shop):
     "Publishing is a step like any other, but `current` may have been moved since by another run."
     first = published["figures"]["version"]
