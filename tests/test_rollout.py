@@ -8,7 +8,7 @@ from recsys.operations import rollout
 from recsys.operations.alerts import listing
 from recsys.operations.gate import Gate, write_gate
 from recsys.operations.publish import release
-from recsys.operations.registry import on_trial, promote, releases, roll_back, serving, trial_name, withdrawn
+from recsys.operations.registry import history_file, on_trial, promote, releases, roll_back, serving, trial_name, withdrawn
 from shop import ROOT
 from test_registry import place
 
@@ -88,3 +88,7 @@ def test_the_next_version_waits_its_turn(s, tmp_path):
 def test_a_ramp_that_is_none_is_told(tmp_path, steps):
     (tmp_path/"settings.ini").write_text((ROOT/"settings.ini").read_text().replace("\nsteps = all\n", f"\nsteps = {steps}\n"))
     with pytest.raises(RecsysError, match=r"\[release\] steps"): load_settings(tmp_path/"settings.ini")
+
+def test_a_broken_history_is_told_and_stops_no_run(s):
+    history_file(s).write_text("no release\n" + history_file(s).read_text())
+    assert rollout.advance(s, "x").startswith("no release was moved: a line is not a release") and on_trial(s) == "v2"

@@ -49,7 +49,9 @@ def _tell(settings: Settings, severity: str, what: str, todo: str):
 
 def advance(settings: Settings, ingested: str | Path) -> str | None:
     "Move the release that is under way on, or back, by what an ingest's logs say; what was done, in words; None without such a release."
-    if not (r := under_way(settings)): return None
+    try: r = under_way(settings)
+    except RecsysError as e: return f"no release was moved: {e}"
+    if not r: return None
     here = f"version {r.version} ({_words(r.stage, r.share)})"
     try:
         d = judge(settings, r, ingested)

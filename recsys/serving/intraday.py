@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'COLUMNS', 'EMPTY', 'told', 'differing', 'matters', 'overlay', 'unsold', 'category_rows', 'sellable_by',
-           'day_tables', 'day_version', 'day_folder', 'day_of_night', 'put_in_place', 'Keeper', 'keep', 'main', 'wake',
-           'helper', 'keeping']
+           'day_tables', 'day_version', 'day_folder', 'day_of_night', 'put_in_place', 'Keeper', 'alone', 'keep',
+           'until_closed', 'main', 'wake', 'helper', 'keeping']
 
 # %% ../../nbs/5_serving/19_intraday.ipynb #b917d9cc
 import fcntl, logging, logging.config, os, shutil, subprocess, sys, threading, time
@@ -199,15 +199,21 @@ class Keeper:
         self.waiting, self.due = False, now + max(self.settings.serving.intraday_seconds, 10 * (time.process_time() - began))
 
 # %% ../../nbs/5_serving/19_intraday.ipynb #b114f01a
-def keep(settings: Settings, bundles: str | Path, stopped: threading.Event):
-    "Keep the version of the day until `stopped`."
-    folder = day_folder(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder/".keeper.lock").open("a") as lock:
+@contextmanager
+def alone(file: Path, stopped: threading.Event):
+    "Hold the lock of `file` during the block; what is given is False if it was `stopped` before the lock was free."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
         while not stopped.is_set():
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except BlockingIOError: stopped.wait(1)
-        if stopped.is_set(): return
+        yield not stopped.is_set()
+
+def keep(settings: Settings, bundles: str | Path, stopped: threading.Event):
+    "Keep the version of the day until `stopped`."
+    folder = day_folder(settings)
+    with alone(folder/".keeper.lock", stopped) as on:
+        if not on: return
         sweep(folder)
         store = open_state(settings)
         try:
@@ -217,14 +223,18 @@ def keep(settings: Settings, bundles: str | Path, stopped: threading.Event):
                 except Exception as e: log.warning("no version of the day: %s", e); stopped.wait(5)
         finally: store.close()
 
-def main():
-    "The process."
+def until_closed(do):
+    "The life of a helper's process: `do(settings, bundles, stopped)`, until the service closes its end of the line, or is gone."
     logging.config.dictConfig(log_config())
     os.nice(10)
     settings, bundles = msgspec.json.decode(sys.stdin.buffer.readline(), type=tuple[Settings, str])
     stopped = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), stopped.set()), daemon=True).start()
-    keep(settings, bundles, stopped)
+    do(settings, bundles, stopped)
+
+def main():
+    "The process of the keeper."
+    until_closed(keep)
 
 # %% ../../nbs/5_serving/19_intraday.ipynb #6a17aa85
 def wake(settings: Settings):

@@ -11,7 +11,7 @@ __all__ = ['log', 'LIMIT', 'FEATURES', 'PLACES', 'SLOPE', 'LINKED', 'AGO', 'LINK
            'learning']
 
 # %% ../../nbs/5_serving/25_online.ipynb #fbdf6dd4
-import fcntl, logging, logging.config, math, os, sys, threading, time
+import logging, math, os, threading, time
 from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -29,8 +29,7 @@ from ..data.log import last_position, tail_log
 from ..data.shown import shown_files
 from .bundle import Bundle, night_of, open_bundle
 from .engine import Moved, STILL
-from .intraday import helper
-from .metrics import log_config
+from .intraday import alone, helper, until_closed
 from .visitor import seconds
 
 log = logging.getLogger("recsys.serving")
@@ -548,28 +547,19 @@ class Student:
 
 def learn(settings: Settings, bundles: str | Path, stopped: threading.Event):
     "Learn until `stopped`."
-    (data := settings.data_dir).mkdir(parents=True, exist_ok=True)
-    with (data/".learner.lock").open("a") as lock:
-        while not stopped.is_set():
-            try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); break
-            except BlockingIOError: stopped.wait(1)
-        if stopped.is_set(): return
+    with alone(settings.data_dir/".learner.lock", stopped) as on:
+        if not on: return
         student = Student(settings, bundles)
         try:
             while not stopped.wait(1):
                 try: student.step(time.monotonic())
                 except Exception as e: log.warning("nothing is learned online: %s", e); stopped.wait(5)
         finally:
-            if student.learner: publish(student.learner, data)
+            if student.learner: publish(student.learner, settings.data_dir)
 
 def main():
-    "The process."
-    logging.config.dictConfig(log_config())
-    os.nice(10)
-    settings, bundles = msgspec.json.decode(sys.stdin.buffer.readline(), type=tuple[Settings, str])
-    stopped = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), stopped.set()), daemon=True).start()
-    learn(settings, bundles, stopped)
+    "The process of the learner."
+    until_closed(learn)
 
 @contextmanager
 def learning(settings: Settings, bundles: str | Path, ready: threading.Event):
