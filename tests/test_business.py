@@ -111,6 +111,18 @@ def test_weekdays_meet_their_like():
     assert sunday["expected"] > 1.3 * monday["expected"] and "breached" not in (monday["verdict"], sunday["verdict"])
 
 
+def test_a_week_in_which_nothing_was_counted_is_no_calm_one():
+    "Eight ordinary weeks, and then none: red on the page, and a critical finding; without a past it stays silent, since nothing is expected."
+    from recsys.operations.act import business_findings
+    known = sums_of(1).filter(pl.col("day") < END - timedelta(days=7))
+    gone = bu.judged(known, "conversion", END, 7, 8, .05, draws(50))
+    assert gone["verdict"] == "no data" and gone["value"] is None and gone["weeks"] == 8
+    verdict, sentence = bu.sentence_of([gone], [])
+    assert verdict == "bad" and sentence == "Nothing was counted for conversion, though there usually is something."
+    found, = business_findings(dict(figures=[gone], health=[]), "2026-03-16", "page")
+    assert (found.key, found.severity) == ("business:conversion", "critical") and "nothing was counted" in found.what
+
+
 def test_young_logs_and_empty_weeks_expect_nothing():
     w = draws(50)
     few = bu.judged(sums_of(1, days=70).filter(pl.col("day") >= END - timedelta(days=20)), "conversion", END, 7, 8, .05, w)

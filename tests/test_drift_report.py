@@ -304,3 +304,5 @@ def test_since_when_is_not_read_from_birthdays(tmp_path):
                              "device": np.where(phone, "phone", "desk"), "at": at})
     code, r = run(tmp_path, shop(datetime(2026, 1, 1), 1), shop(datetime(2026, 3, 1), 8), "--unit", "user_id")
     assert code == 2 and [(c["value"], c["since"]) for c in r["causes"] if c["column"] == "price"] == [("phone", "2026-03-06")]
+    code, r = run(tmp_path, shop(datetime(2026, 1, 1), 1).drop("at"), shop(datetime(2026, 3, 1), 8).drop("at"), "--unit", "user_id")
+    assert code == 2 and [(c["value"], c["since"]) for c in r["causes"] if c["column"] == "price"] == [("phone", "")]
