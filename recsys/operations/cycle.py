@@ -151,7 +151,8 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     steps = [{k: r.get(k) for k in ("name", "status", "seconds", "peak_rss_mb", "page")} for r in records.values()]
     account = figures | dict(date=label, status=status, headline=_headline(status, figures, metric, error), started=started.isoformat(timespec="seconds"),
                              seconds=round(time.time() - clock, 1), peak_rss_mb=max([s["peak_rss_mb"] or 0 for s in steps] or [0]), steps=steps)
-    account["headline"]["sentence"] = " ".join(filter(None, (account["headline"]["sentence"], *(f"{r[0].upper()}{r[1:]}." for r in released), what_changed(account, before, metric))))
+    more = [*(f"{r[0].upper()}{r[1:]}." for r in released), *filter(None, [what_changed(account, before, metric)])]
+    if more: account["headline"]["sentence"] = " ".join([account["headline"]["sentence"].rstrip(".") + ".", *more])
     write_json(settings.reports_dir/"runs"/label/"run.json", account)
     _tell_gate(settings, error, label, figures.get("version", ""), late)
     write_index(settings.reports_dir, settings.data_dir)
