@@ -54,7 +54,7 @@ lab: $(STAMP)
 
 # Each check prints a line when it is content; pytest comes last, and its last line is the last that is printed.
 test: check-readme
-	@$(BIN)/python -m pytest -m 'not bench'
+	@$(BIN)/python -m pytest -m 'not bench' -n 2 --no-loadscope-reorder
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest -m bench

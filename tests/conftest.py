@@ -1,5 +1,6 @@
 "What holds for all tests: the settings of the file, not of the shell that runs them; no deadline that a busy machine would miss."
-import json, os, shutil, signal, subprocess, time
+import json, os, re, shutil, signal, subprocess, time
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis, pytest
@@ -8,6 +9,21 @@ for name in [n for n in os.environ if n.startswith("RECSYS_")]: del os.environ[n
 
 hypothesis.settings.register_profile("house", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("house")
+
+def pytest_collection_modifyitems(items):
+    "The tests of the daily cycle are long, and come first."
+    items.sort(key=lambda i: "daily" not in i.fixturenames)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Of several processes each takes whole files, and one all that want the daily cycle, which is long to make."
+    from xdist.scheduler import LoadScopeScheduling
+    wanting = {p.name for p in Path(__file__).parent.glob("test_*.py") if re.search(r"def \w+\(.*\bdaily\b", p.read_text(encoding="utf-8"))}
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = nodeid.partition("::")[0].rpartition("/")[2]
+            return "daily" if name in wanting else name
+    return ByFile(config, log)
 
 @pytest.fixture(scope="session")
 def daily(tmp_path_factory):
