@@ -35,7 +35,7 @@ columns = {event_id = "id", ts = "time", visitor_id = "customer", user_id = "cus
 event_types = {bought = "purchase"}
 [items]
 path = "items.csv"
-columns = {item_id = "article", title = "name", category = "group"}
+columns = {item_id = "article", title = "name", category = "group", price = "costs"}
 """
 
 def settings_text(**changes) -> str:
@@ -50,7 +50,7 @@ def make_shop(folder: Path, **changes) -> Path:
     for name in ("nbs", "constraints.txt"):
         if not (folder/name).exists(): (folder/name).symlink_to(ROOT/name)
     write_csv(folder/"events.csv", events())
-    write_csv(folder/"items.csv", [dict(article=f"a{i}", name=f"Article {i}", group=f"Group {i % 4} > Kind {i % 12}") for i in range(60)])
+    write_csv(folder/"items.csv", [dict(article=f"a{i}", name=f"Article {i}", group=f"Group {i % 4} > Kind {i % 12}", costs=round(1 + i / 7, 2)) for i in range(60)])
     (folder/"shop.toml").write_text(MAPPING); (folder/"settings.ini").write_text(settings_text(**changes))
     return folder
 

@@ -184,6 +184,14 @@ def test_from_a_list_to_its_reasons_and_to_what_would_change_them(storefront, vi
     page.locator("#list").get_by_role("checkbox").first.focus(); page.keyboard.press("Space"); said(page, "places are new")
     assert page.evaluate("document.activeElement.checked")
     assert given[0] not in listed() and listed()[:9] == given[1:]
+    price = page.get_by_role("slider", name=re.compile(f"price .*: {re.escape(given[1])}"))
+    was = float(price.input_value())
+    price.fill(str(was / 2)); page.locator("#list b", has_text=f"{was / 2:.2f}").wait_for()
+    assert given[1] in page.locator("#list").inner_text(); v.look()
+    page.get_by_label("Back in stock").fill("nothing of that name"); page.keyboard.press("Tab")
+    page.get_by_role("alert").filter(has_text="no such item: nothing of that name").wait_for()
+    v.wrong = [w for w in v.wrong if "400" not in w]
+    page.get_by_label("Back in stock").fill("a3"); page.keyboard.press("Tab"); said(page, "places are new")
     page.locator("#n").fill("5"); page.locator("#told", has_text="; 5 are on the list").wait_for()
     assert len(listed()) == 5; v.look()
     page.locator("#diversity").fill("0.8"); said(page, "Rules touched")

@@ -11,7 +11,8 @@ from recsys.serving.bundle import open_bundle, promote
 from recsys.serving.engine import Engine, Request, recommend
 from recsys.serving.openapi import PAGES, document, find_route
 from recsys.serving.storefront import FILES, FOLDER, find_items, policy, read_pages, shows_pages
-from recsys.serving.trace import explained, trace
+from recsys.serving.refused import Refused
+from recsys.serving.trace import DISCOUNT, USUAL, explained, supposed, trace
 from test_serving import BUDGET, PER_SOURCE, ask, publish, serving
 
 def get(port, path, method="GET"):
@@ -91,6 +92,25 @@ def engines_of(shop):
     ruled.use(Rules(pin=(Pin(name="first", item="i7", place=1),), diversity=Diversity(strength=.4)))
     return plain, ruled
 
+@pytest.mark.parametrize("ruled", [False, True])
+def test_what_is_supposed_of_prices_and_stock_is_so_for_one_question_only(engines_of, ruled):
+    engine, question = engines_of[ruled], Request(user_id="u3", cart=["i4"], n=6)
+    given, tables = recommend(engine, question, "r").items, engine.state.item_x.tobytes()
+    last = given[-1].item_id
+    code, usual = engine.bundle.item_codes[last], float(engine.state.item_x[engine.bundle.item_codes[last], USUAL])
+    without = supposed(engine, {}, {last: 0})
+    assert last not in {i.item_id for i in recommend(without, question, "r").items} | {p.item_id for p in trace(without, question, "r")[0].passed}
+    assert recommend(supposed(without, {}, {last: 2}), question, "r").items == given == recommend(supposed(engine, {}, {}), question, "r").items, "back again"
+    cheap = supposed(engine, {last: usual / 4}, {})
+    differ = np.argwhere(cheap.state.item_x != engine.state.item_x)
+    assert differ.tolist() == [[code, DISCOUNT]] and abs(cheap.state.item_x[code, DISCOUNT] - .75) < 1e-6
+    places = {p.item_id: (p.price, p.score) for p in trace(cheap, question, "r")[0].items}
+    assert last not in places or places[last][0] == usual / 4
+    assert not {last} & {i.item_id for i in recommend(cheap, Request(user_id="u3", n=6, filter=Filter(price_min=usual / 2)), "r").items}, "the filter sees the price"
+    assert recommend(engine, question, "r").items == given and engine.state.item_x.tobytes() == tables
+    for wrong in (({"nobody": 1.}, {}), ({}, {"nobody": 1})):
+        with pytest.raises(Refused, match="no such item: nobody"): supposed(engine, *wrong)
+
 def test_the_service_traces_what_it_gave_and_logs_nothing_of_it(shop):
     post = lambda path, body, **h: ask(port, path=path, body=body, headers={"content-type": "application/json", **h})
     with serving(shop) as (_, port):
@@ -103,6 +123,9 @@ def test_the_service_traces_what_it_gave_and_logs_nothing_of_it(shop):
         assert status == 200 and [i["item_id"] for i in said["items"]] == said["given"] == [i["item_id"] for i in given["items"]] and said["items"][0]["moved"]
         new = post("/v1/explain/list-1", dict(n=3, exclude=said["given"][:2]))[2]
         assert len(new["items"]) == 3 and not {*said["given"][:2]} & {i["item_id"] for i in new["items"]} and new["given"] == said["given"]
+        sold = post("/v1/explain/list-1", dict(stock={said["given"][0]: 0}, price={said["given"][1]: .01}))[2]["items"]
+        assert said["given"][0] not in {i["item_id"] for i in sold} and {i["item_id"]: i.get("price") for i in sold}.get(said["given"][1], .01) == .01
+        for bad in (dict(price={"nobody": 1}), dict(stock={"nobody": 1}), dict(price={"i1": 0}), dict(stock={"i1": -1}), dict(price={f"i{k}": 1 for k in range(101)})): assert post("/v1/explain/list-1", bad)[0] == 400, bad
         assert [post(f"/v1/explain/{i}", b)[0] for i, b in (("never", {}), ("list-1", dict(n=1000)), ("list-1", dict(diversity=2)), ("list-1", dict(price=1)))] == [404, 400, 400, 400]
         time.sleep(.5)
         assert kept() == before

@@ -38,7 +38,7 @@ from .openapi import NAMES
 from .refused import Refused
 from .schemas import EventsAnswer, ForgetAnswer, ItemsAnswer
 from .state import LocalStore, open_state
-from .trace import Trace, WhatIf, changed, explained, trace
+from .trace import Trace, WhatIf, changed, explained, supposed, trace
 from .visitor import seconds
 from .variants import RELEASE, Knobs, Variants, drafted, engine_for, follow, partner, shadows, shares_file, text_of
 
@@ -497,6 +497,7 @@ async def what_if(service: Service, request_id: str, what: WhatIf) -> Trace:
     "The answer to `POST /v1/explain`."
     service.pressure.level(None)
     engine, question, level, given = await asyncio.to_thread(explain, service, request_id)
+    if what.price or what.stock: engine, level = supposed(engine, what.price, what.stock), 0 if level == 1 else level
     said, x = trace(engine, changed(question, what), request_id, level)
     said.given = given
     async with service.explaining: return await asyncio.to_thread(explained, said, engine.ranker, x)
