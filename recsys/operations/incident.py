@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LANES', 'COLOURS', 'VERDICTS', 'SHOWN', 'read_lines', 'Past', 'read_past', 'alerts_of', 'state_of', 'Happening',
            'happenings', 'near', 'axis', 'happening_table', 'incident_page', 'file_name', 'write_incidents',
-           'glance_rows', 'at_a_glance']
+           'glance_rows', 'over_time', 'at_a_glance']
 
 # %% ../../nbs/9_operations/37_incident.ipynb #f7f9bf45
 from datetime import date, datetime, timedelta, timezone
@@ -95,21 +95,21 @@ def near(seen: list[Happening], day: date, before: int = 21, after: int = 14) ->
     "What happened around `day`."
     return [h for h in seen if day - timedelta(before) <= h.day <= day + timedelta(after)]
 
-def axis(seen: list[Happening], day: date, title: str) -> Block:
-    "The lanes of `seen` over days, with a line at `day`."
-    lanes, days = [l for l in LANES if any(h.lane == l for h in seen)], sorted({h.day for h in seen} | {day})
+def axis(seen: list[Happening], day: date | None, title: str) -> Block:
+    "The lanes of `seen` over days, with a line at `day` if there is one that matters."
+    lanes, days = [l for l in LANES if any(h.lane == l for h in seen)], sorted({h.day for h in seen} | ({day} if day else set()))
     first, span = days[0], max(1, (days[-1] - days[0]).days)
     x = lambda d: 14 + 332 * (d - first).days / span
     y = {lane: 30 + 38 * k for k, lane in enumerate(lanes)}
     tall = 36 + 38 * len(lanes)
     parts = [f'<text x="0" y="{y[l] - 12}">{escape(LANES[l])}</text><path d="M6 {y[l]}H354" stroke="currentColor" stroke-opacity=".2"/>' for l in lanes]
-    parts.append(f'<path d="M{x(day):.1f} 8V{tall - 20}" stroke="var(--bad)" stroke-dasharray="4 3"/>')
+    if day: parts.append(f'<path d="M{x(day):.1f} 8V{tall - 20}" stroke="var(--bad)" stroke-dasharray="4 3"/>')
     parts += [f'<circle cx="{x(h.day):.1f}" cy="{y[h.lane]}" r="{4 if h.tone == "done" else 5.5}" fill="{COLOURS[h.tone]}"><title>{escape(f"{h.day}: {h.what}")}</title></circle>' for h in seen]
-    ends = {days[0]: "start", days[-1]: "end"} | ({day: "middle"} if 60 < x(day) < 300 else {})
+    ends = {days[0]: "start", days[-1]: "end"} | ({day: "middle"} if day and 60 < x(day) < 300 else {})
     parts += [f'<text x="{x(d):.1f}" y="{tall - 6}" text-anchor="{at}">{d:%d %b}</text>' for d, at in ends.items()]
     says = f"{len(seen)} happenings in {len(lanes)} lanes from {days[0]} to {days[-1]}; all of them stand in the table below."
     svg = f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 360 {tall}" width="100%" style="max-width:36rem" fill="currentColor" font-size="11.5"><desc>{escape(says)}</desc>{"".join(parts)}</svg>'
-    hint = '<span class="hint">red and amber: findings; blue: what was done; dashed: the day of the alert</span>'
+    hint = f'<span class="hint">red and amber: findings; blue: what was done{"; dashed: the day of the alert" if day else ""}</span>'
     return Block(f'<figure class="chart"><figcaption>{escape(title)}{hint}</figcaption>{svg}</figure>', f"[chart] {title}\n{says}")
 
 # %% ../../nbs/9_operations/37_incident.ipynb #07f6443f
@@ -197,10 +197,18 @@ def glance_rows(reports: Path, past: Past) -> list[tuple[str, str, str, str]]:
     if past.releases: r = past.releases[-1]; rows.append(("version", "warning" if r.action == "roll_back" else "info", f"{r.at[:10]}: {r.action.replace('_', ' ')} {r.version} ({r.stage}){f', {r.why}' if r.why else ''}", ""))
     return rows
 
+def over_time(past: Past, days: int = 90) -> str:
+    "What happened in the newest `days` that anything did, on one axis and in words; nothing before there are two days."
+    all_seen = happenings(past, [])
+    seen = near(all_seen, all_seen[-1].day, days, 0) if all_seen else []
+    if len({h.day for h in seen}) < 2: return ""
+    return axis(seen, None, "What happened, day by day").html + f"<details><summary>The same in words</summary>{happening_table(seen[::-1], '')}</details>"
+
 def at_a_glance(reports: Path, data: Path) -> str:
-    "The lines as HTML; writes the incidents that they link to."
+    "The lines as HTML, and what happened over time; writes the incidents that they link to."
     write_incidents(reports, data)
-    rows = glance_rows(reports, read_past(reports, data))
+    past = read_past(reports, data)
+    rows = glance_rows(reports, past)
     link = lambda text, to: f'<a href="{quote(to)}">{escape(text)}</a>' if to and (Path(reports)/to).is_file() else escape(text)
     cells = [[link(area, to), f'<span class="word {tone}">{light(tone)}{LAMPS[tone][0]}</span>', f'<div class="wide">{escape(said)}</div>'] for area, tone, said, to in rows]
-    return html_table("The shop at a glance", [("area", False), ("state", False), ("in a sentence", False)], cells) if cells else ""
+    return (html_table("The shop at a glance", [("area", False), ("state", False), ("in a sentence", False)], cells) if cells else "") + over_time(past)

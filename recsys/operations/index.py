@@ -215,13 +215,20 @@ def _trends(runs: list[RunFile], name: str = "ndcg@10", most: int = 60) -> str:
     from recsys.operations.charts import bars, lines
     from recsys.operations.drift_page import trend_frame
     metric, found = _trend_frames(runs[:most], name)
-    drawn = []
+    drawn, traffic = [], _traffic(runs[:most])
+    if traffic.height and traffic["run"].n_unique() > 1: drawn.append(lines(traffic, "run", "thousand", "events", "Events known to the runs, thousands"))
     if metric.height and metric["run"].n_unique() > 1:
         drawn.append(lines(metric, "run", name.upper(), "question", f"{name.upper()} over the runs", "low", "high"))
     if found.height > 1: drawn.append(bars(found, "run", "findings", "Inputs that moved materially", height=220))
     effects = _dated(trend_frame([(r.date, r.drift.severity) for r in runs[:most][::-1] if r.drift and r.drift.severity]))
     if effects.height and effects["run"].n_unique() > 1: drawn.append(lines(effects, "run", "times", "column", "Drift in units of its limit, the largest of the newest run"))
     return row(*drawn).html if drawn else ""
+
+# %% ../../nbs/9_operations/03_index.ipynb #84930feb
+def _traffic(runs: list[RunFile]) -> pl.DataFrame:
+    "How many events each run knew, in thousands, and the part of them in quarantine, oldest run first."
+    seen = [r for r in runs[::-1] if r.rows]
+    return _dated(pl.DataFrame([dict(run=r.date, thousand=n / 1e3, events=kind) for kind in ("all", "in quarantine") for r in seen if (n := r.rows if kind == "all" else r.quarantined) is not None]))
 
 # %% ../../nbs/9_operations/03_index.ipynb #da02088d
 def _past(reports: Path, runs: list[RunFile], name: str = "ndcg@10", most: int = 400) -> str:
