@@ -4888,6 +4888,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'recsys.serving.keys.audit': ('5_serving/keys.html#audit', 'recsys/serving/keys.py'),
                                      'recsys.serving.keys.authorize': ('5_serving/keys.html#authorize', 'recsys/serving/keys.py'),
                                      'recsys.serving.keys.check_exposure': ('5_serving/keys.html#check_exposure', 'recsys/serving/keys.py'),
+                                     'recsys.serving.keys.is_ours': ('5_serving/keys.html#is_ours', 'recsys/serving/keys.py'),
                                      'recsys.serving.keys.new_key': ('5_serving/keys.html#new_key', 'recsys/serving/keys.py'),
                                      'recsys.serving.keys.read_keys': ('5_serving/keys.html#read_keys', 'recsys/serving/keys.py')},
             'recsys.serving.live_items': { 'recsys.serving.live_items.Item': ( '5_serving/live_items.html#item',

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from recsys.core.settings import RecsysError
 from recsys.operations.cli import main
-from recsys.serving.keys import OPEN, SCOPES, SECURE_HEADERS, Key, Keys, audit, authorize, check_exposure, new_key, read_keys
+from recsys.serving.keys import OPEN, SCOPES, SECURE_HEADERS, Key, Keys, audit, authorize, check_exposure, is_ours, new_key, read_keys
 from recsys.serving.refused import Refused
 
 def write(path, text, mode=0o600):
@@ -164,6 +164,12 @@ def test_a_slip_changes_nothing_and_is_said_once(shop, slip, caplog):
     assert len(keys.known) == 3
 
 # ---- doors, audit, headers
+
+@pytest.mark.parametrize("host", ["", "example.com", "example.com:8080", "localhost.example.com", "127.0.0.1.nip.io", "10.0.0.1", "[::2]:80", "0", "2130706433", "127.1", "a b", "\xe9", "[", "]:1", "::1:80:"])
+def test_a_page_of_another_name_is_not_answered_without_keys(host): assert not is_ours(host)
+
+@pytest.mark.parametrize("host", [None, "localhost", "Localhost:1", "a.localhost", "localhost.", "127.0.0.1", "127.0.0.2:9", "[::1]", "[::1]:9"])
+def test_this_machine_is(host): assert is_ours(host)
 
 def test_no_keys_no_door_to_the_street(tmp_path):
     for host in ("127.0.0.1", "::1", "127.8.9.10", "localhost"): check_exposure(host, None)

@@ -508,21 +508,27 @@ def test_odd_questions_never_cause_a_failure(server):
     link.close()
     assert {200, 400} <= seen and ask(server.port, "GET", "/readyz")[0] == 200
 
-POST = b"POST /v1/recommend HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+POST = b"POST /v1/recommend HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 @pytest.mark.parametrize("raw", [
     b"nonsense\r\n\r\n", POST + b"content-length: -1\r\n\r\n", POST + b"content-length: 2, 2\r\n\r\n{}",
     POST + b"x-request-id: \xff\r\ncontent-length: 2\r\n\r\n{}",
-    b"POST /v1/recommend HTTP/1.1\r\nhost: a\r\ncontent-type: \xff\xfe\r\ncontent-length: 2\r\n\r\n{}", b"\x16\x03\x01\x02\x00\x01",
+    b"POST /v1/recommend HTTP/1.1\r\nhost: localhost\r\ncontent-type: \xff\xfe\r\ncontent-length: 2\r\n\r\n{}", b"\x16\x03\x01\x02\x00\x01",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", POST + b"transfer-encoding: chunked\r\n\r\nZZ\r\n{}\r\n0\r\n\r\n",
-    b"GET /\xff HTTP/1.1\r\nhost: a\r\n\r\n",
-    b"GET /healthz HTTP/1.1\r\nhost: a\r\n" + b"x: y\r\n" * 500 + b"\r\n", b"BREW /healthz HTTP/1.1\r\nhost: a\r\n\r\n"])
+    b"GET /\xff HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 500 + b"\r\n", b"BREW /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"])
 def test_odd_bytes_never_cause_a_failure(server, raw):
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
         s.sendall(raw); s.shutdown(socket.SHUT_WR)
         first = s.recv(100)
     assert not first or first.split()[1][:1] in (b"2", b"4"), first
     assert ask(server.port, "GET", "/healthz")[0] == 200
+
+def test_without_keys_only_this_machine_is_answered_whatever_its_browser_shows(server):
+    for host, status in (("shop.example", 421), (f"evil.example:{server.port}", 421), (f"localhost:{server.port}", 200), (f"[::1]:{server.port}", 200)):
+        for how in (("POST", "/v1/recommend"), ("GET", "/healthz"), ("GET", "/readyz")):
+            got, _, said = ask(server.port, *how, headers={"host": host, "content-type": "application/json"})
+            assert got == status and (status == 200 or said["error"]["code"] == "misdirected"), (host, how)
 
 def test_a_client_that_hangs_up_is_no_failure(server):
     for _ in range(20):

@@ -19,7 +19,7 @@ from .bundle import verify_bundle
 from .compiled import compile_first
 from .http import Asked, Front, Limits, Line, lines_of, message, path_of
 from .intraday import keeping
-from .keys import SECURE_HEADERS, Keys, audit, authorize, check_exposure, read_keys
+from .keys import SECURE_HEADERS, Keys, audit, authorize, check_exposure, is_ours, read_keys
 from .metrics import MEDIA, begin, end, log_config, scrape
 from .online import learning
 from .openapi import NAMES, PAGES, Route, decoders_for, document, find_route
@@ -128,6 +128,7 @@ def admit(app: App, asked: Asked):
     asked.began, asked.request_id = time.perf_counter(), request_id_for(asked.headers.get("x-request-id"))
     if asked.refused: return
     try:
+        if not app.keys.path and not is_ours(asked.headers.get("host")): raise Refused(421, "misdirected", "without keys this service answers to localhost and 127.0.0.1 alone; make keys to ask it by another name")
         asked.route, asked.last = find_route(asked.method, path_of(asked.url))
         if asked.route.scope: asked.key = authorize(app.keys, asked.headers, asked.route.scope, asked.began)
         if asked.route.name in app.hidden: raise Refused(404, "not_found", "no such address; GET /openapi.json lists all")

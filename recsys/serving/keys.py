@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Scope', 'SCOPES', 'log', 'OPEN', 'audit_log', 'SECURE_HEADERS', 'Entry', 'KeysFile', 'new_key', 'read_keys', 'Key',
-           'Keys', 'authorize', 'check_exposure', 'audit']
+           'Keys', 'authorize', 'check_exposure', 'is_ours', 'audit']
 
 # %% ../../nbs/5_serving/08_keys.ipynb #b0c501eb
 import hmac, ipaddress, logging, os, re, secrets, socket, stat, time, tomllib
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -140,6 +141,16 @@ def check_exposure(host: str, keys_file: str | Path | None):
     except OSError as e: raise RecsysError(f"no such address ({e.strerror})", host, "correct host in [serving] of settings.ini") from None
     if not all(ipaddress.ip_address(a).is_loopback for a in found):
         raise RecsysError("others could reach the service here, and it has no keys", host, "make a key (recsys keys new NAME) and name its file in [serving] keys_file, or serve on 127.0.0.1")
+
+# %% ../../nbs/5_serving/08_keys.ipynb #1f5f2cc4
+@lru_cache(256)
+def is_ours(host: str | None) -> bool:
+    "Does the `Host` header, with a port or without, name this machine by a loopback address or as localhost? None: it was not sent."
+    if host is None: return True
+    name = re.sub(r":\d*$", "", host.strip().lower()).rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"): return True
+    try: return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError: return False
 
 # %% ../../nbs/5_serving/08_keys.ipynb #2e3a5ffa
 audit_log = logging.getLogger("recsys.audit")
