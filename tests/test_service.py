@@ -215,6 +215,7 @@ def test_keys_open_what_their_scopes_say(shop, tmp_path):
         assert status(None) == status("recsys_wrong") == 401 and status(keys["reader"]) == 200 and status(keys["writer"]) == 403
         batch = json.dumps(dict(events=[event("view", "v", "i1")]))
         assert status(keys["writer"], path="/v1/events", body=batch) == 200 and status(keys["reader"], path="/v1/events", body=batch) == 403
+        assert ask(port, headers={"content-type": "application/json", "authorization": f"Bearer {keys['reader']}", "host": "shop.example"})[0] == 200, "with keys it may stand behind a proxy"
         assert status(keys["writer"], "PUT", "/v1/items/i1", b"{}") == 403 and status(keys["boss"], "PUT", "/v1/items/i1", b"{}") == 200
         assert status(None, "GET", "/healthz", b"") == status(None, "GET", "/openapi.json", b"") == 200
         process.terminate(); err = process.communicate(timeout=20)[1]
