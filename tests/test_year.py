@@ -1,5 +1,5 @@
 "The simulated year: visitors who are the same whatever is sold, a clock that the service believes, shocks, findings and the judgement; a short year through the real service."
-import json, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from datetime import date, datetime, timedelta, timezone
 
 import numpy as np
@@ -248,4 +248,52 @@ def test_a_short_year_before_the_real_service(project, tmp_path):
     write_json(tmp_path/"f.json", said)
     page = bench_page("loop", project, [tmp_path/"f.json"]).read_text()
     assert "Every figure on this page is simulated" in page and "What was promised" in page and "not measured" in page and all(d["date"] in page for d in y["days"]) and len(page) < 1_500_000
-    assert said["revenue_vs_oracle"] < 1 and said["failed_requests"] == 0 and said["shocks_planted"] == 3 and "training_cost_vs_daily" not in said
+    assert said["revenue_vs_oracle"] < 1 and said["failed_requests"] == 0 and said["shocks_planted"] == 3 and said["training_cost_vs_daily"] is None
+
+
+# ---- years that fail
+
+def test_figures_of_years_that_are_missing_are_null():
+    for years in ({}, dict(never=year_of(9)), dict(loop=year_of(9)), dict(loop=year_of(9), never=year_of(9), daily=year_of(9), oracle=year_of(9))):
+        said = bl.whole(years, yr.Plan(days=9), bl.script_of(9), dict(daily="x"))
+        assert said["failed"] == dict(daily="x") and json.loads(json.dumps(said)) and bl.in_short(said | dict(seconds=1., earlier=[]))
+        for other in ("never", "daily", "oracle"): assert (said[f"revenue_vs_{other}"] is None) == (said[f"revenue_vs_{other}_interval"] is None) == (not {"loop", other} <= years.keys())
+        assert (said["shocks_found"] is None) == ("loop" not in years) and (said["failed_requests"] is None) == (not years)
+
+
+def test_a_year_whose_process_is_killed_takes_no_other_with_it_and_is_played_again(project, tmp_path):
+    "The others are written down and judged, the exit code says it; the second call plays only what failed, and refuses years of other arguments or code."
+    out, home = tmp_path/"f.json", tmp_path/"f.json.years"
+    def bench(seed="1"): return subprocess.Popen([sys.executable, "-c", "from recsys.operations.cli import main; main()", "bench", "loop", "--out", str(out), "--days", "7", "--visits", "20", "--daily-days", "2", "--seed", seed],
+        env=os.environ | dict(RECSYS_SETTINGS=project.file), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p = bench()
+    while not (home/"daily.log").exists() or "process" not in (home/"daily.log").read_text(): assert p.poll() is None; time.sleep(.05)
+    os.kill(int((home/"daily.log").read_text().split()[-1]), signal.SIGKILL)
+    told, errors = p.communicate(timeout=300)
+    assert p.returncode == 1 and len(errors.strip().splitlines()) == 1 and "the year of 'daily' was not played to its end: its process was killed" in errors, errors
+    said = json.loads(out.read_text())
+    assert list(said["failed"]) == ["daily"] and said["revenue_vs_daily"] is None and said["training_cost_vs_daily"] is None and said["revenue_vs_never"] > 0 and sorted(said["years"]) == ["loop", "never", "oracle"]
+    assert "of never retraining" in told and "daily" not in told.partition("Look at")[0]
+
+    before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for n in said["years"] for f in [home/f"{n}.json"]}
+    p = bench()
+    told, errors = p.communicate(timeout=300)
+    now = json.loads(out.read_text())
+    assert p.returncode == 0 and not errors and "without the years that were there: loop, never, oracle" in told
+    assert now["failed"] == {} and now["training_cost_vs_daily"] is not None and len(now["years"]["daily"]["days"]) == 2 and {k: now["years"][k] for k in said["years"]} == said["years"]
+    assert all((f.stat().st_mtime_ns, f.read_bytes()) == was for f, was in before.items())
+
+    p = bench(seed="2")
+    assert "there are years already, of another plan" in p.communicate(timeout=60)[1] and p.returncode == 1
+    made = json.loads((home/"made_by.json").read_text())
+    write_json(home/"made_by.json", made | dict(code="0" * 16))
+    p = bench()
+    assert "there are years already, of another code" in p.communicate(timeout=60)[1] and p.returncode == 1 and json.loads(out.read_text()) == now
+
+
+def test_a_year_that_raises_is_told_in_one_line_and_its_trace_is_kept(project, tmp_path):
+    "Here its folder cannot be written, since a file is in its way."
+    home = tmp_path/"years"; home.mkdir()
+    (home/"never").write_text("")
+    said = bl._play("never", TINY, project.file, str(home/"never"), [], 1)
+    assert "never" in said and "\n" not in said and "Traceback" in (home/"never.log").read_text() and not (home/"never.json").exists()

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['POLICIES', 'SCRIPT', 'SIGNS', 'RIGHT', 'AFTER', 'WORDS', 'Shock', 'script_of', 'on', 'campaign', 'new_taste', 'flood',
            'deliver', 'table_of', 'Keeper', 'night', 'morning', 'act', 'play_day', 'run_year', 'contained', 'fate_of',
-           'false_actions', 'ratio', 'judge', 'whole', 'in_short', 'bench_loop', 'promised', 'in_weeks', 'diary']
+           'false_actions', 'ratio', 'judge', 'whole', 'in_short', 'made_by', 'earlier', 'bench_loop', 'promised',
+           'in_weeks', 'diary']
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #68eac846
-import shutil, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import os, shutil, threading, time, traceback
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date, datetime, timedelta, timezone
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,13 +23,14 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from ..core.files import read_json, write_json
-from ..core.settings import RecsysError, Settings, load_settings
+from ..core.files import digest, read_json, write_json
+from ..core.settings import RecsysError, Settings, as_dict, load_settings
 from ..data.simulator import _drift
 from .bench import machine
 from .decisions import Decision, policy_of, settle
 from .registry import bundles, roll_back, serving as serves
-from .simulated_clock import Clock
+from .runner import package_digest, run_lock
+from .simulated_clock import Clock, _end_with
 from .year import Line, Plan, asking, begin_day, feed_of, new_visit, open_shop, oracle_of, play_history, play_hour, posting, serving, visits_of
 from .year_operator import Watch, arrived, learn, liked, look, moved, publish_night, spoil, whole_catalogue, year_settings
 from ..serving.fallback import set_fallback
@@ -259,21 +262,36 @@ def ratio(ours: list[dict], theirs: list[dict], what: str = "revenue", draws: in
     return dict(value=float(a.sum() / b.sum()), low=float(np.quantile(drawn, .025)), high=float(np.quantile(drawn, .975)), days=n)
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #646dc47c
-def _play(policy: str, plan: Plan, file: str, folder: str, script: list[Shock], until: int) -> dict:
-    "A year in a process of its own; its progress is in `folder`.log."
+def _play(policy: str, plan: Plan, file: str, folder: str, script: list[Shock], until: int) -> dict | str:
+    "A year in this process, written to `folder`.json, or what it failed by; its progress is in `folder`.log."
     def say(note):
         with Path(f"{folder}.log").open("a") as f: f.write(f"{datetime.now():%H:%M:%S} {note}\n")
-    done = run_year(policy, plan, load_settings(file), folder, script, until, say)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    say(f"{policy} is played by process {os.getpid()}")
+    try: done = run_year(policy, plan, load_settings(file), folder, script, until, say)
+    except Exception as e:
+        say(traceback.format_exc())
+        return " ".join((str(e) if isinstance(e, RecsysError) else f"{type(e).__name__}: {e}").split())
     write_json(Path(f"{folder}.json"), done)
     return done
+
+def _apart(home: Path, policy: str, *given) -> dict | str:
+    "`_play` in a process of its own: one that is killed takes no other with it."
+    shutil.rmtree(home/policy, ignore_errors=True); (home/f"{policy}.log").unlink(missing_ok=True) # of a year that did not end
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as own: return own.submit(_play, policy, *given).result()
+    except BrokenProcessPool: return "its process was killed, perhaps for want of memory"
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #24795990
 def judge(years: dict[str, dict], script: list[Shock]) -> dict:
     "The figures of the loop against the other policies."
+    said = {f"{figure}_vs_{o}{more}": None for o in POLICIES if o != "loop" for figure, more in (("revenue", ""), ("revenue", "_interval"), ("revenue", "_days"), ("worth", ""))} | dict(training_cost_vs_daily=None)
+    said |= dict.fromkeys(("shocks", "shocks_planted", "shocks_found", "right_decisions", "median_delay_days", "contained", "false_actions", "false")) | dict(failed_requests=sum(y["failed_requests"] for y in years.values()) if years else None)
+    if "loop" not in years: return said
     loop, fates, false = years["loop"], [fate_of(s, years["loop"]) for s in script if s.day < len(years["loop"]["days"])], false_actions(script, years["loop"])
     delays = [f["delay_days"] for f in fates if f["found"]]
-    said = dict(shocks=fates, shocks_planted=len(fates), shocks_found=sum(f["found"] for f in fates), right_decisions=sum(f["right"] for f in fates), median_delay_days=float(median(delays)) if delays else None,
-        contained=[f["contained"] for f in fates if f["contained"] is not None], false_actions=len(false), false=false, failed_requests=sum(y["failed_requests"] for y in years.values()))
+    said |= dict(shocks=fates, shocks_planted=len(fates), shocks_found=sum(f["found"] for f in fates), right_decisions=sum(f["right"] for f in fates), median_delay_days=float(median(delays)) if delays else None,
+        contained=[f["contained"] for f in fates if f["contained"] is not None], false_actions=len(false), false=false)
     for other in [o for o in years if o != "loop"]:
         r = ratio(loop["days"], years[other]["days"])
         said |= {f"revenue_vs_{other}": r["value"], f"revenue_vs_{other}_interval": [r["low"], r["high"]], f"revenue_vs_{other}_days": r["days"], f"worth_vs_{other}": ratio(loop["days"], years[other]["days"], "worth")}
@@ -284,34 +302,55 @@ def judge(years: dict[str, dict], script: list[Shock]) -> dict:
     return said
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #dce81db2
-def whole(years: dict[str, dict], plan: Plan, script: list[Shock]) -> dict:
+def whole(years: dict[str, dict], plan: Plan, script: list[Shock], failed: dict[str, str] = {}) -> dict: # failed: policy: its error
     "What the file says, but for when it was measured."
     about = "simulated: a made-up shop and its visitors, before the real service"
     return dict(name="loop", simulated=True, about=about, days=plan.days, visits=plan.visits, seed=plan.seed, items=plan.items, users=plan.users, script=[msgspec.to_builtins(s) for s in script],
-        daily_days=len(years["daily"]["days"]) if "daily" in years else 0, machine=machine(), years=years) | judge(years, script)
+        daily_days=len(years["daily"]["days"]) if "daily" in years else 0, machine=machine(), years=years, failed=failed) | judge(years, script)
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #8147ea43
 def in_short(f: dict) -> str:
     "The figures in a sentence or two."
     said = lambda other, word: f"{f[f'revenue_vs_{other}']:.1%} ({f[f'revenue_vs_{other}_interval'][0]:.1%} to {f[f'revenue_vs_{other}_interval'][1]:.1%}) of {word}"
-    against = [said(o, w) for o, w in (("never", "never retraining"), ("daily", "retraining daily with hindsight"), ("oracle", "the oracle")) if f"revenue_vs_{o}" in f]
+    against = [said(o, w) for o, w in (("never", "never retraining"), ("daily", "retraining daily with hindsight"), ("oracle", "the oracle")) if f[f"revenue_vs_{o}"] is not None]
+    if "loop" not in f["years"]: return f"{f['days']} simulated days: the loop itself was not played to the end, so nothing can be compared. Played: {', '.join(sorted(f['years'])) or 'none'}."
     return (f"{f['days']} simulated days: {f['shocks_found']} of {f['shocks_planted']} shocks found, {f['right_decisions']} answered rightly, {f['false_actions']} false actions, {f['failed_requests']} failed requests; "
-            f"revenue {'; '.join(against)}. {f['seconds'] / 60:.0f} minutes.")
+            f"revenue {'; '.join(against) or 'not compared'}. {f['seconds'] / 60:.0f} minutes{', without the years that were there: ' + ', '.join(f['earlier']) if f['earlier'] else ''}.")
 
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #1d1493de
+def made_by(plan: Plan, daily_days: int, settings: Settings) -> dict:
+    "What decides how years come out."
+    return dict(plan=msgspec.to_builtins(plan), daily_days=daily_days, settings=digest(as_dict(settings)), code=package_digest())
+
+def earlier(home: Path, made: dict) -> dict[str, dict]:
+    "The years that are in a folder already, by policy; `RecsysError` if something else has made them."
+    file = home/"made_by.json"
+    if not file.exists():
+        if any(not p.name.startswith(".") for p in home.iterdir()): raise RecsysError("there is something already", str(home), "name another file, or remove the folder")
+        write_json(file, made)
+    other = sorted(k for k, v in read_json(file).items() if made.get(k) != v)
+    if other: raise RecsysError(f"there are years already, of another {' and '.join(other)}", str(home), "name another file, or remove the folder")
+    return {p: read_json(home/f"{p}.json") for p in POLICIES if (home/f"{p}.json").exists()}
+
+# %% ../../nbs/9_operations/32_bench_loop.ipynb #777f484d
 def bench_loop(out: str | Path, settings: Settings | None = None, days: int = 365, visits: int = 150, seed: int = 1, daily_days: int | None = None, policies: tuple = POLICIES, say=lambda note: None) -> dict:
-    "Play the year under each policy, judge, write `out`; the folder `out`.years keeps what each year left."
+    "Play the year under each policy unless it is there, judge, write `out`; the folder `out`.years keeps what each year left. What failed is under `failed`, what was there under `earlier`."
     settings, began, at, plan = settings or load_settings(), datetime.now(timezone.utc), time.monotonic(), Plan(days=days, visits=visits, seed=seed)
     for n, least, what in ((days, len(SCRIPT) + 1, f"or more: there are {len(SCRIPT)} shocks"), (visits, 1, "visit or more a day"), (1 if daily_days is None else daily_days, 1, "day or more")):
         if n < least: raise RecsysError(f"{n} is too little", "bench loop", f"play {least} {what}")
     home, script = Path(out).with_name(f"{Path(out).name}.years"), script_of(plan.days)
-    if home.exists(): raise RecsysError("there is something already", str(home), "name another file, or remove the folder")
-    home.mkdir(parents=True)
     until = lambda p: min(daily_days or plan.days, plan.days) if p == "daily" else plan.days
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        jobs = {pool.submit(_play, p, plan, settings.file, str(home/p), script, until(p)): p for p in sorted(policies, key=("daily", "loop", "never", "oracle").index)} # the longest first
-        years = {}
-        for job in as_completed(jobs): years[jobs[job]] = job.result(); say(f"{jobs[job]} is through")
-    said = whole(years, plan, script) | dict(measured=began.isoformat(timespec="seconds"), seconds=time.monotonic() - at)
+    with run_lock(home), ThreadPoolExecutor(2) as pool:
+        years, failed = earlier(home, made_by(plan, until("daily"), settings)), {}
+        there = sorted(years)
+        jobs = {pool.submit(_apart, home, p, plan, settings.file, str(home/p), script, until(p)): p for p in ("daily", "loop", "never", "oracle") if p in policies and p not in years} # the longest first
+        try:
+            for job in as_completed(jobs):
+                p, done = jobs[job], job.result()
+                (failed if isinstance(done, str) else years)[p] = done
+                say(f"{p} {'failed' if p in failed else 'is through'}")
+        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+    said = whole(years, plan, script, failed) | dict(measured=began.isoformat(timespec="seconds"), seconds=time.monotonic() - at, earlier=there)
     write_json(Path(out), said)
     return said
 
@@ -321,7 +360,7 @@ WORDS = dict(outage="nine of ten events do not arrive", covariate="a campaign br
 def promised(f: dict) -> list[dict]: # promise, wanted, measured, kept (None: not measured, or not shown)
     "What issue and page promise of the loop, and what became of it."
     of = lambda key, how: how(f[key]) if f.get(key) is not None else "not measured"
-    low = lambda other: f.get(f"revenue_vs_{other}_interval", [None])[0]
+    low = lambda other: (f.get(f"revenue_vs_{other}_interval") or [None])[0]
     shown = lambda low, high, least: True if low >= least else False if high < least else None # by an interval
     keep = lambda key, ok: None if f.get(key) is None else bool(ok(f[key]))
     share, band = "{:.1%}".format, lambda other: " ({:.1%} to {:.1%})".format(*f[f"revenue_vs_{other}_interval"]) if low(other) is not None else ""

@@ -549,14 +549,17 @@ def _bench_experiments(a):
 
 def _bench_loop(a):
     from rich.console import Console
-    from recsys.core.settings import load_settings
+    from recsys.core.settings import RecsysError, load_settings
     from recsys.operations.bench_loop import bench_loop, in_short
     from recsys.operations.figures import bench_page
     s = load_settings()
     with Console(stderr=True).status("playing") as status:
         said = bench_loop(a.out, s, a.days, a.visits, a.seed, a.daily_days, say=lambda note: status.update(f"playing: {note}"))
-    print(f"{in_short(said)} Look at {bench_page('loop', s, [a.out])}")
-    return 0
+    print(in_short(said) + (f" Look at {bench_page('loop', s, [a.out])}" if "loop" in said["years"] else ""))
+    for policy, why in said["failed"].items():
+        e = RecsysError(f"the year of '{policy}' was not played to its end: {why}", f"{a.out}.years/{policy}.log", "the same command plays it again, and keeps the others")
+        print(f"recsys: {' '.join(str(e).split())}", file=sys.stderr)
+    return 1 if said["failed"] else 0
 
 def _bench_shop(a):
     from rich.console import Console
