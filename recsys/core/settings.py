@@ -6,10 +6,11 @@
 __all__ = ['Positive', 'Share', 'Above0', 'CALLS', 'printable', 'RecsysError', 'Section', 'Paths', 'Data', 'Checks', 'Features',
            'Candidates', 'Index', 'Embeddings', 'Factors', 'Ranker', 'Sessions', 'Sequence', 'Evaluation', 'Drift',
            'Business', 'Trials', 'Decisions', 'Notices', 'Bench', 'Serving', 'Online', 'Log', 'Run', 'Schedule',
-           'Release', 'shipped', 'Settings', 'find_settings', 'load_settings', 'as_dict']
+           'Release', 'shipped', 'Settings', 'find_settings', 'load_settings', 'salvaged', 'as_dict']
 
 # %% ../../nbs/0_core/01_settings.ipynb #e88238ba
 import math, os, re
+from contextlib import suppress
 from configparser import ConfigParser, Error as IniError
 from pathlib import Path
 from typing import Annotated, Literal, get_origin, get_type_hints
@@ -422,6 +423,24 @@ def load_settings(path: str | Path | None = None) -> Settings:
     over = _overrides(kinds, os.environ)
     values = {s: {**(dict(ini[s]) if s in ini else {}), **over.get(s, {})} for s in kinds}
     return _check(Settings(**{s: _convert(s, values[s], kinds[s], str(file)) for s in kinds}, file=str(file.resolve())))
+
+# %% ../../nbs/0_core/01_settings.ipynb #8ef69d66
+def salvaged(path: str | Path | None = None) -> Settings:
+    "Of settings that cannot be read: `[paths]` and `[alerts]` as far as they are sound. Never raises for what the file or the environment say."
+    plain, ini, given = ConfigParser(interpolation=None), ConfigParser(interpolation=None, strict=False), {}
+    plain.read(shipped("settings.ini"), encoding="utf-8")
+    try: file = Path(path) if path else find_settings()
+    except RecsysError: file = Path("settings.ini")
+    with suppress(OSError, IniError, UnicodeDecodeError): ini.read_string(file.read_text(encoding="utf-8"))
+    kinds = {k: v for k, v in get_type_hints(Settings).items() if k != "file"}
+    whole = lambda given: _check(Settings(**{s: _convert(s, dict(plain[s]) | given.get(s, {}), kinds[s], str(file)) for s in kinds}, file=str(file.resolve())))
+    for s in ("paths", "alerts"):
+        start = f"RECSYS_{s}_".upper()
+        for k, v in {**(dict(ini[s]) if s in ini else {}), **{n.removeprefix(start).lower(): v for n, v in os.environ.items() if n.startswith(start)}}.items():
+            with suppress(RecsysError): _convert(s, dict(plain[s]) | {k: v}, kinds[s], str(file)); given.setdefault(s, {})[k] = v
+        try: whole(given)
+        except RecsysError: given.pop(s, None)
+    return whole(given)
 
 # %% ../../nbs/0_core/01_settings.ipynb #dfcbf335
 def as_dict(settings: Settings, *sections: str) -> dict:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'SEVERITIES', 'NOTICES', 'ANSWERS', 'GROWN', 'SENDERS', 'Alert', 'Act', 'alerts_file', 'Case', 'cases_of',
            'read_cases', 'channels_of', 'raise_alert', 'close_gone', 'who', 'later', 'answer', 'words', 'tend',
-           'notice_of', 'signature', 'send_webhook', 'message_of', 'send_email', 'deliver', 'listing', 'shown',
+           'notice_of', 'signature', 'send_webhook', 'message_of', 'send_email', 'deliver', 'tell', 'listing', 'shown',
            'judged']
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #22eff7c0
 import fcntl, getpass, hashlib, hmac, http.client, logging, smtplib, ssl, time, urllib.error, urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from email.message import EmailMessage
 from math import inf
@@ -308,6 +308,22 @@ def deliver(settings: Settings, now: datetime | None = None) -> dict[str, int]:
                 count["wait" if trouble else "sent"] += 1
                 if trouble: broken.add(channel); log.error("alerts cannot be sent by %s, they are kept and sent later: %s", channel, trouble)
     return count
+
+# %% ../../nbs/9_operations/26_alerts.ipynb #beb6bb77
+def tell(settings: Settings, alert: Alert, now: datetime | None = None):
+    "`raise_alert` and `deliver`; where nothing can be written down the alert is sent at once, each time. Raises nothing of that."
+    try:
+        if not Path(settings.file).is_file(): raise RecsysError("no settings file", settings.file) # a folder of no project: nothing is made there
+        raise_alert(settings, alert, now)
+    except (RecsysError, OSError) as e:
+        log.error("an alert cannot be written down and is sent without: %s", e)
+        said, cases = alert if alert.owner else msgspec.structs.replace(alert, owner=settings.alerts.owner), {}
+        _apply(cases, Act(_now(now), digest(alert.key, _now(now))[:8], "raised", channels=channels_of(settings, said), alert=said))
+        for c in cases.values():
+            for n, channel in c.pending:
+                if trouble := _sent(settings, channel, notice_of(c, n)): log.error("nor can it be sent by %s: %s", channel, trouble)
+    else:
+        with suppress(RecsysError, OSError): deliver(settings, now) # what could not be sent waits
 
 # %% ../../nbs/9_operations/26_alerts.ipynb #70760b40
 def listing(settings: Settings, every: bool = False, now: datetime | None = None) -> list[dict]:

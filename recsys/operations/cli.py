@@ -59,9 +59,14 @@ def _run(a):
 def _settings_of(a):
     "The settings that `run` means: of the project, or of one around a simulated shop, which is made."
     from pathlib import Path
-    from recsys.core.settings import RecsysError, load_settings
+    from recsys.core.settings import RecsysError, load_settings, salvaged
     if a.small and a.dataset != "simulated": raise RecsysError("--small is for --dataset simulated", "run", "write both, or neither")
-    if a.dataset is None: return load_settings()
+    if a.dataset is None:
+        try: return load_settings()
+        except RecsysError as e:
+            from recsys.operations.cycle import tell_failure
+            tell_failure(salvaged(), e)
+            raise
     from recsys.operations.init import simulated_project
     project = Path.cwd()/f"simulated-shop{'-small' if a.small else ''}"
     print(f"a simulated shop, its people and their purchases are made up; its project is {project}")

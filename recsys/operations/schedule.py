@@ -69,12 +69,15 @@ COMMAND = [sys.executable, "-c", "from recsys.operations.cli import main; main()
 def schedule(settings: Settings, command: list[str] = COMMAND) -> int:
     "Run the `command` at every moment of `[schedule] cron`, until SIGTERM or SIGINT; the exit code, 0."
     from apscheduler.schedulers.background import BackgroundScheduler
+    from recsys.operations.cycle import tell_failure
     trigger, done, runs = trigger_of(settings.schedule.cron, settings.schedule.timezone), threading.Event(), Runs(command, Path(settings.file).parent)
     logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stdout, level=logging.INFO)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, lambda *_: done.set())
     clock = BackgroundScheduler(timezone=trigger.timezone)
-    job = clock.add_job(runs.once, trigger, max_instances=1, coalesce=True, misfire_grace_time=None)
+    def once():
+        if (code := runs.once()) < 0 and not runs.stopped.is_set(): tell_failure(settings, RecsysError(f"it was {meaning(code)[1]}", "recsys run", "see the log of the scheduler and of the kernel: it was probably out of memory"))
+    job = clock.add_job(once, trigger, max_instances=1, coalesce=True, misfire_grace_time=None)
     clock.start()
     log.info("the first run begins at %s", job.next_run_time.isoformat(timespec="seconds"))
     while not done.wait(1): pass # in short waits, since a signal does not end a long one everywhere
