@@ -152,7 +152,7 @@ ADVICE = dict(data="Look at the source of this column; if it is right and will s
             concept="Nothing, if a retraining follows; otherwise see what changed in the shop on that day.", prediction="See whether the catalogue or the traffic changed on purpose.",
             business="See the page: releases, prices and campaigns of these days; `recsys rollback` if a new version did it.", quality="Do not release it; see the slices on the page for whom it is worse.",
             pipeline="See the page for the traceback, repair it and run again.", experiment="Stop the experiment until it is understood.")
-DEEDS = dict(nothing="", refresh="Candidates are made anew.", retrain="The model is trained anew.", ask="Nothing is published until somebody approves.", fall_back="Answers are made by a simpler model meanwhile.")
+DEEDS = dict(nothing="", refresh="This run has made the candidates anew; they serve if the gate lets them.", retrain="This run has trained the model anew; it serves if the gate lets it.", ask="Nothing is published until somebody approves.", fall_back="Answers are made by a simpler model meanwhile.")
 
 def alert_of(f: Finding, d: Decision) -> Alert:
     "A finding as an alert, with what was done about it."
