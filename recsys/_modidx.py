@@ -3541,7 +3541,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'recsys/operations/figures.py')},
             'recsys.operations.gate': { 'recsys.operations.gate.Check': ('9_operations/gate.html#check', 'recsys/operations/gate.py'),
                                         'recsys.operations.gate.Gate': ('9_operations/gate.html#gate', 'recsys/operations/gate.py'),
-                                        'recsys.operations.gate._fits': ('9_operations/gate.html#_fits', 'recsys/operations/gate.py'),
                                         'recsys.operations.gate._offline': ('9_operations/gate.html#_offline', 'recsys/operations/gate.py'),
                                         'recsys.operations.gate.accepted': ('9_operations/gate.html#accepted', 'recsys/operations/gate.py'),
                                         'recsys.operations.gate.case_losses': ( '9_operations/gate.html#case_losses',

@@ -1,12 +1,20 @@
 "The gate's own judgement: how often it is wrong, and that no fault of a list gets past it. What it says of a whole run stands in test_run."
+import re, shutil
+
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from recsys.core.files import read_json
 from recsys.core.settings import load_settings
 from recsys.evaluation.protocol import Survey
 from recsys.operations.gate import Check, accepted, case_losses, compare, difference_check, faults_of, list_checks, rule_check, slice_check, verdict_of
+from recsys.operations.alerts import listing
+from recsys.operations.cycle import _tell_gate
+from recsys.operations.publish import publish as publish_steps, release, still_judged
+from recsys.operations.registry import serving
+from recsys.ranking.ranker import POSITION, load_ranker
 from recsys.ranking.rows import Cases
 from recsys.ranking.rules import Rules
 from recsys.serving.bundle import open_bundle
@@ -100,3 +108,37 @@ def test_who_cannot_be_compared(engine):
     b = engine.bundle
     newer = b._replace(manifest=b.manifest | dict(version="v9", moment="2099-01-01"))
     assert [compare(c, b, SETTINGS, {}).verdict for c in (None, b, newer)] == ["first", "same", "older"]
+
+def test_a_ranker_that_knows_positions_is_compared_and_a_champion_that_cannot_be_opened_is_named(daily, tmp_path):
+    "Beside the version of a whole run: the same trees with a column for the position order the same, the opposite trees lose; then the champion is of other features."
+    folder = shutil.copytree(daily.copy, tmp_path/"shop", symlinks=True)
+    s = load_settings(folder/"settings.ini")
+    now, bundles = serving(s), folder/"data"/"bundles"
+    folders = {n: folder/"data"/"steps"/f for n, f in read_json(bundles/now/"manifest.json")["parents"].items()}
+    def judged(name, *changes):
+        train, out = tmp_path/f"train-{name}", tmp_path/name
+        shutil.copytree(folders["train"], train); out.mkdir()
+        text = re.sub(r"(?m)^tree_sizes=.*\n", "", (train/"ranker.txt").read_text())
+        for old, new in changes: text = re.sub(f"(?m)^{old}$", new, text)
+        (train/"ranker.txt").write_text(text)
+        return out, publish_steps(folders | dict(train=train), bundles, out, s)[2]
+    names = load_ranker(folders["train"]/"ranker.txt").feature_name()
+    assert names[-1] != POSITION
+    column = [(r"feature_names=(.*)", rf"feature_names=\1 {POSITION}"), (r"max_feature_idx=\d+", f"max_feature_idx={len(names)}"), (r"feature_infos=(.*)", r"feature_infos=\1 none")]
+    out, same = judged("positions", *column)
+    assert load_ranker(bundles/same.challenger/"ranker.txt").feature_name()[-1] == POSITION
+    assert same.verdict == "passed" and {c.name: c.value for c in same.checks if "NDCG" in c.name} == {"next basket: NDCG@5": 0, "completion: NDCG@5": 0}, same
+    turned = lambda m: "leaf_value=" + " ".join(str(-float(v)) for v in m[1].split())
+    bad = judged("turned", *column, (r"leaf_value=(.*)", turned))[1]
+    assert bad.verdict == "refused" and {"next basket: NDCG@5", "completion: NDCG@5"} <= {c.name for c in bad.checks if not c.passed}
+
+    text = (bundles/now/"ranker.txt").read_text()
+    (bundles/now/"ranker.txt").write_text(text.replace(names[0], "of_another_version"))
+    out, g = judged("next", *column, ("objective=.*", r"\g<0>"))
+    assert (g.verdict, g.champion) == ("first", now) and f"NOT compared with version {now}" in g.sentence and "other features" in g.sentence and [c.name for c in g.checks] == ["lists", "rules"] and g.checks[0].said in g.sentence
+    assert "serves from now on" in release(out, s, "a test") and serving(s) == g.challenger and still_judged(out, s)
+    tell = lambda gate: (_tell_gate(s, None, "2099-01-01", g.challenger, gate=gate), [r["what"] for r in listing(s) if r["key"] == "release:uncompared"])[1]
+    for _ in range(2):
+        what, = tell(dict(verdict=g.verdict, champion=g.champion, sentence=g.sentence))
+        assert "NOT compared" in what
+    assert tell(dict(verdict="same", champion=g.challenger, sentence="")) and not tell(dict(verdict="passed", champion=g.challenger, sentence="")), "until one is compared"

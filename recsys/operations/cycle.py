@@ -55,7 +55,7 @@ def _figures(records: dict) -> dict:
     if "decide" in at: said["decision"] = _decided(decision_in(at["decide"]))
     if "publish" in at:
         g = read_gate(at["publish"])
-        said |= dict(version=g.challenger, gate=dict(verdict=g.verdict, champion=g.champion, failed=[c.name for c in g.checks if not c.passed]))
+        said |= dict(version=g.challenger, gate=dict(verdict=g.verdict, champion=g.champion, sentence=g.sentence, failed=[c.name for c in g.checks if not c.passed]))
     return said
 
 def _decided(d) -> dict:
@@ -142,12 +142,15 @@ def _failed(settings: Settings, records: dict, error: Exception, date: str) -> d
     try: return dict(decision=_decided(decide_failure(settings, list(records)[-1], str(error), day, date or (day if "folder" in records.get("ingest", {}) else "latest"))))
     except (RecsysError, OSError): tell_failure(settings, error); return {}
 
-def _tell_gate(settings: Settings, error: Exception | None, label: str, version: str = "", late: bool = False):
-    "Let people know of a version that the gate refused, until another one passes; a run of a past day says nothing of what is served today."
+def _tell_gate(settings: Settings, error: Exception | None, label: str, version: str = "", late: bool = False, gate: dict = {}):
+    "Let people know of a version that the gate refused, until another one passes, and of one that it let in without a comparison, until one is compared; a run of a past day says nothing of what is served today."
     from recsys.operations.alerts import Alert, close_gone, deliver, raise_alert
     past = late or any(d.day[:10] > label for d in read_decisions(decisions_file(settings)))
     if isinstance(error, Refused) and not past: raise_alert(settings, Alert("release:gate", "warning", str(error), f"read why on the page; `recsys promote {version} --anyway --why TEXT` if it shall serve nevertheless", f"runs/{label}/publish.html", label, source="gate", asks=True))
     elif not error and not past: close_gone(settings, "gate", set())
+    if not past and not error and gate.get("verdict") == "first" and gate["champion"]:
+        raise_alert(settings, Alert("release:uncompared", "warning", f"Version {version} was let in: {gate['sentence']}", "look at its lists and its evaluation on the page, and at what is sold today", f"runs/{label}/publish.html", label, source="uncompared", asks=True))
+    elif not past and gate.get("verdict") in ("passed", "refused"): close_gone(settings, "uncompared", set())
     deliver(settings)
 
 def _advanced(settings: Settings, ingested: str | Path) -> list[str]:
@@ -192,7 +195,7 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     more = [*(f"{r[0].upper()}{r[1:]}." for r in released), *filter(None, [what_changed(account, before, metric)])]
     if more: account["headline"]["sentence"] = " ".join([account["headline"]["sentence"].rstrip(".") + ".", *more])
     write_json(settings.reports_dir/"runs"/label/"run.json", account)
-    _tell_gate(settings, error, label, figures.get("version", ""), late)
+    _tell_gate(settings, error, label, figures.get("version", ""), late, figures.get("gate", {}))
     write_index(settings.reports_dir, settings.data_dir)
     if error: raise error
     return account

@@ -46,7 +46,7 @@ class Check(Struct, omit_defaults=True):
 
 class Gate(Struct, omit_defaults=True):
     "The answer."
-    verdict: str              # passed, refused, first (there is no champion), same, older (the champion knows more)
+    verdict: str              # passed, refused, first (there is no champion, or none that can be opened), same, older (the champion knows more)
     sentence: str
     challenger: str
     champion: str | None = None
@@ -156,16 +156,14 @@ def _offline(champion: Bundle, challenger: Bundle, settings: Settings, folders: 
     return list_checks(*mine, subset(cases, old), settings, all(x is not None for x in curves)) + [
         slice_check(q, _sliced(ours.lists, theirs.lists, cases, asks, slices, settings), settings.release.slice_margin) for q, asks in question_of(cases).items() if asks.any()]
 
-def _fits(champion: Bundle, challenger: Bundle) -> bool: return champion.ranker.feature_name() == challenger.ranker.feature_name()
-
 def verdict_of(checks: list[Check], challenger: str, champion: str | None) -> Gate:
     "Passed only if every check is."
     lost = [c for c in checks if not c.passed]
     if lost: return Gate("refused", "; ".join(f"{c.name}: {c.said}" for c in lost[:2]) + (f"; and {len(lost) - 2} more" if lost[2:] else ""), challenger, champion, checks)
     return Gate("passed" if champion else "first", f"{len(checks)} check{'s' * (len(checks) != 1)} passed" + (f" against {champion}" if champion else "; there is no version to compare with"), challenger, champion, checks)
 
-def compare(champion: Bundle | None, challenger: Bundle, settings: Settings, folders: dict[str, Path], on_step=lambda name: None) -> Gate:
-    "The gate; `folders` of the challenger's run: features, candidates, ingest."
+def compare(champion: Bundle | None, challenger: Bundle, settings: Settings, folders: dict[str, Path], on_step=lambda name: None, unread: tuple[str, str] | None = None) -> Gate:
+    "The gate; `folders` of the challenger's run: features, candidates, ingest; `unread`: a version that serves but cannot be opened, and why."
     c, name = settings.candidates, challenger.manifest["version"]
     rival = champion.manifest["version"] if champion else None
     if rival == name: return Gate("same", "this version serves already", name, rival)
@@ -176,12 +174,13 @@ def compare(champion: Bundle | None, challenger: Bundle, settings: Settings, fol
     engine.use(challenger.rules)
     checks = [rule_check(engine, requests)]; on_step("rules")
     if champion:
-        if _fits(champion, challenger): checks = _offline(champion, challenger, settings, folders) + checks; on_step("lists")
+        checks = _offline(champion, challenger, settings, folders) + checks; on_step("lists")
         checks.append(latency_check(Engine(champion.state, champion.ranker, c.per_source, c.budget, champion), engine, requests, settings.release.latency_times)); on_step("CPU time")
         if explored := explored_check(engine, folders["ingest"], settings): checks.append(explored)
-    g = verdict_of(checks, name, rival)
-    if champion and not _fits(champion, challenger): g.sentence += "; their rankers look at different features, so their lists were not compared"
-    return g
+    if not unread: return verdict_of(checks, name, rival)
+    said = f"NOT compared with version {unread[0]}, which serves and cannot be opened ({unread[1]})"
+    g = verdict_of([Check("lists", True, 0., 0., said), *checks], name, None)
+    return g if g.verdict == "refused" else Gate("first", f"{said}; its rules were looked at", name, unread[0], g.checks)
 
 def write_gate(g: Gate, settings: Settings, out: str | Path):
     "Keep the answer with the step, and where `promote` looks for it."

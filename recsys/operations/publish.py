@@ -67,16 +67,18 @@ def publish(folders: dict[str, Path], bundles: str | Path, out: str | Path, sett
     bundle = open_bundle(target)
     engine = Engine(bundle.state, bundle.ranker, settings.candidates.per_source, settings.candidates.budget, bundle)
     answers = {who: recommend(engine, q, "trial") for who, q in trial_questions(bundle.state, bundle).items()}
-    gate = compare(champion_of(Path(bundles), before, version), bundle, settings, folders, on_step)
+    champion, why = champion_of(Path(bundles), before)
+    gate = compare(champion, bundle, settings, folders, on_step, (before, why) if why else None)
     write_gate(gate, settings, out)
     write_json(Path(out)/"publish.json", dict(version=version, answers={w: [s.item_id for s in a.items] for w, a in answers.items()}))
     return bundle, answers, gate
 
-def champion_of(bundles: Path, before: str | None, version: str) -> Bundle | None:
-    "The version that serves, opened; None if there is none, or it cannot be opened: then anything is better."
-    if not before: return None
-    try: return open_bundle(bundles/before)
-    except (RecsysError, OSError): return None
+def champion_of(bundles: Path, before: str | None) -> tuple[Bundle | None, str]:
+    "The version that serves, opened, or why it cannot be; None and nothing if there is none."
+    if not before: return None, ""
+    try: return open_bundle(bundles/before), ""
+    except RecsysError as e: return None, e.what
+    except OSError as e: return None, e.strerror or str(e)
 
 # %% ../../nbs/9_operations/08_publish.ipynb #83ba924b
 class Refused(RecsysError):
@@ -97,7 +99,7 @@ def release(step_folder: Path, settings: Settings, why: str, anyway: bool = Fals
     if version == now: return f"version {version} serves" # whatever is on trial beside it: that is the operator's
     if version == trial: return f"version {version} is on trial"
     if version in gone: return f"version {version} was rolled back ({gone[version]}) and stays so; `recsys promote` would bring it back"
-    if anyway or now is None or gate.verdict == "same":
+    if anyway or now is None or gate.verdict == "same" or gate.verdict == "first" and gate.champion == now: # nothing can be tried beside what cannot be opened
         promote(settings, version, "all", f"{why}: {'whatever the gate says' if anyway else gate.sentence}", anyway=anyway)
         return f"version {version} serves from now on"
     if trial: return f"version {version} waits: {trial} is on trial"
