@@ -8,6 +8,7 @@ __all__ = ['TOGETHER', 'TOGETHER_MAX', 'FOLLOW', 'FOLLOW_MAX', 'NEAR', 'NEAR_MAX
            'with_told', 'gather']
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #5b04612f
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from .session_knn import SessionIndex, votes
-from ..core.lanes import fetch_row
+from ..core.lanes import fetch, fetch_row, limit
 from ..core.settings import RecsysError
 from ..features.definitions import ABSENT, SOURCES
 from ..features.point_in_time import load_arrays
@@ -68,16 +69,16 @@ class Scratch(NamedTuple):
     place: np.ndarray    # int32 [I + 1]: position among the candidates, from 1; -1: must not be shown
     bought: np.ndarray   # int32 [I + 1]: position in the user's own items, from 1
     sums: np.ndarray     # float32 [I + 1, 10]
-    key: np.ndarray; code: np.ndarray; worth: np.ndarray  # float32, int32, float32 [I]: what is being sorted
-    voted: np.ndarray; heard: np.ndarray                  # float32, int32 [I]: votes by item, items that have some
+    code: np.ndarray; key: np.ndarray; best: np.ndarray   # int32, int64, int64 [I + 1]: what is being sorted
+    voted: np.ndarray; heard: np.ndarray                  # float32 [I], int32 [I + 1]: votes by item, items that have some
     slot: np.ndarray; near: np.ndarray; match: np.ndarray; similar: np.ndarray; weight: np.ndarray # [sessions] int32, int32, int64, float32, float32: of `votes`
 
 def scratch_for(n_items: int, n_sessions: int = 0) -> Scratch:
     "Fresh scratch space; `n_sessions`: of the past, that the state holds. Of its pages only those exist that are used."
-    i32, f32 = (lambda *s: np.zeros(s, np.int32)), (lambda *s: np.zeros(s, np.float32))
+    i32, i64, f32 = (partial(np.zeros, dtype=kind) for kind in (np.int32, np.int64, np.float32))
     rows = n_items + 1
-    return Scratch(i32(n_items), np.zeros(2, np.int64), i32(rows), i32(rows), i32(rows), f32(rows, 10), f32(n_items), i32(n_items), f32(n_items), f32(n_items), i32(n_items),
-                   i32(n_sessions), i32(n_sessions), np.zeros(n_sessions, np.int64), f32(n_sessions), f32(n_sessions))
+    return Scratch(i32(n_items), i64(2), i32(rows), i32(rows), i32(rows), f32((rows, 10)), i32(rows), i64(rows), i64(rows), f32(n_items), i32(rows),
+                   i32(n_sessions), i32(n_sessions), i64(n_sessions), f32(n_sessions), f32(n_sessions))
 
 @njit(cache=True, nogil=True)
 def meet(rows, items, used, item):
@@ -101,29 +102,22 @@ def clear(scratch):
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #cbc16c86
 @njit(cache=True, nogil=True)
-def _sink(key, code, at, n):
-    "Let the entry `at` of the heap key, code [:n] sink to its level; the root has the smallest key (ties: the largest code)."
-    while True:
-        low = at
-        for child in (2 * at + 1, 2 * at + 2):
-            if child < n and (key[child] < key[low] or (key[child] == key[low] and code[child] > code[low])): low = child
-        if low == at: return
-        key[at], key[low], code[at], code[low] = key[low], key[at], code[low], code[at]
-        at = low
+def _key(bits, code):
+    "A sum above 0, as `bits` int32, and an item's code as one integer."
+    return np.int64(bits) << 32 | 0x7fffffff - code
 
 @njit(cache=True, nogil=True)
-def _top(key, code, n, worth, out):
-    "The `code` int32 with the largest `key` float32 of the first `n`, falling, into `out` int32 [k]; ties: the smaller code. `worth` is space for k keys."
-    size = min(n, len(out))
-    worth[:size], out[:size] = key[:size], code[:size]
-    for at in range(size // 2 - 1, -1, -1): _sink(worth, out, at, size)
-    for a in range(size, n):
-        if key[a] > worth[0] or (key[a] == worth[0] and code[a] < out[0]):
-            worth[0], out[0] = key[a], code[a]
-            _sink(worth, out, 0, size)
-    for end in range(size - 1, 0, -1):
-        worth[0], worth[end], out[0], out[end] = worth[end], worth[0], out[end], out[0]
-        _sink(worth, out, 0, end)
+def _top(key, n, best, out):
+    "The codes of the largest of the first `n` keys (of `_key`), falling, into `out` int32 [k]; `best` is space for k + 1 keys."
+    size, m = min(n, len(out)), 0
+    least = limit(key, n, size) if size < n else 0
+    for a in range(n):
+        best[m] = key[a]
+        m += key[a] >= least
+    for a in range(size):
+        place = 0
+        for b in range(size): place += best[b] > best[a]
+        out[place] = 0x7fffffff - (best[a] & 0x7fffffff)
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #aa5201cb
 @njit(cache=True, nogil=True)
@@ -134,25 +128,27 @@ def _spread(scratch, items, recency, ids, scores, column):
     for i in items:
         fetch_row(ids, i); fetch_row(scores, i)
     for i in items:
+        for k in range(ids.shape[1]): fetch(rows, max(ids[i, k], 0))
+    for i in items:
         for k in range(ids.shape[1]):
             j = ids[i, k]
             if j < 0: break
             s = weight * scores[i, k]
             if s <= 0: continue  # a sum of 0 means below that an item was not met yet
             row = meet(rows, item, used, j)
-            if sums[row, column] == 0:
-                code[n] = j; n += 1
+            code[n] = j
+            n += sums[row, column] == 0
             sums[row, column] += s
-            if s > sums[row, column + 1]: sums[row, column + 1] = s
+            sums[row, column + 1] = max(s, sums[row, column + 1])
         weight *= recency
     return n
 
 @njit(cache=True, nogil=True)
 def _best(scratch, column, n, out):
     "Of the `n` items in scratch.code those with the largest sum, falling, into `out`."
-    key, code, rows, sums = scratch.key, scratch.code, scratch.row, scratch.sums
-    for a in range(n): key[a] = sums[rows[code[a]], column]
-    _top(key, code, n, scratch.worth, out)
+    key, code, rows, bits = scratch.key, scratch.code, scratch.row, scratch.sums.view(np.int32)
+    for a in range(n): key[a] = _key(bits[rows[code[a]], column], code[a])
+    _top(key, n, scratch.best, out)
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #223ffdef
 @njit(cache=True, nogil=True)
@@ -198,8 +194,11 @@ def _asked(state, scratch, cart):
     return votes(past, cart, 0, len(cart), FADE, 500, 200, FADE, FADE, np.float32(0), scratch.voted, scratch.heard, scratch.slot, scratch.near, scratch.match, scratch.similar, scratch.weight)
 
 @njit(cache=True, nogil=True)
-def _votes(voted, heard, n, key):
-    for a in range(n): key[a] = voted[heard[a]]
+def _voted(scratch, n, out):
+    "Of the `n` items in scratch.heard those with the most votes, falling, into `out`."
+    key, heard, bits = scratch.key, scratch.heard, scratch.voted.view(np.int32)
+    for a in range(n): key[a] = _key(bits[heard[a]], heard[a])
+    _top(key, n, scratch.best, out)
 
 @njit(cache=True, nogil=True)
 def _copy(items, out):
@@ -223,18 +222,19 @@ def _lists(state, scratch, user, cart, lists):
     if len(cart) and len(few): _best(scratch, CONTENT, _spread(scratch, cart, whole, state.content_ids, state.content_scores, CONTENT), few)
     _copy(state.trending, lists[9])
     n = scratch.used[1] = _asked(state, scratch, cart)
-    _votes(scratch.voted, scratch.heard, n, scratch.key)
-    _top(scratch.key, scratch.heard, n, scratch.worth, lists[10])
+    _voted(scratch, n, lists[10])
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #70f67ed1
 @njit(cache=True, nogil=True)
 def _take_turns(scratch, lists, sellable, ids, ranks):
     "Merge `lists` by rank into `ids` [budget] and `ranks` [budget, sources] (ABSENT: not proposed), skipping items with place -1; how many."
     n, rows, item, used, places = 0, scratch.row, scratch.item, scratch.used, scratch.place
+    for j in lists.flat:
+        fetch(rows, max(j, 0)); fetch(sellable, max(j, 0))
     for r in range(lists.shape[1]):
         for s in range(lists.shape[0]):
             j = lists[s, r]
-            if j < 0 or sellable[j] == 0: continue
+            if j < 0 or sellable[j] == 0 or n == len(ids) and rows[j] == 0: continue
             row = meet(rows, item, used, j)
             place = places[row]
             if place == 0 and n < len(ids):

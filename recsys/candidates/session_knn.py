@@ -13,7 +13,7 @@ from numba import njit, prange
 
 from .sequences import Cases, Sequences, part, prefixes, session_of
 from .transitions import Found, WORKERS, best, clicked_later, clicks_of, f32, vote
-from ..core.lanes import fetch
+from ..core.lanes import fetch, limit
 
 # %% ../../nbs/3_candidates/11_session_knn.ipynb #163bbdde
 class Knn(NamedTuple):
@@ -76,25 +76,25 @@ def _similar(ix, item, start, end, decay, recent, slot, near, match, sim, weight
 def votes(ix, item, start, end, decay, recent, neighbours, ahead, behind, itself, total, touched, slot, near, match, sim, weight):
     """What the sessions most like the prefix item[start:end] vote for: into `total` float32 [items], listed in `touched` int32 [items]. How many.
 
-    slot int32, near int32, match int64, sim and weight float32 [sessions] are work space; `slot` is zero before and after."""
+    slot int32, near int32, match int64, sim and weight float32 [sessions] are work space; `slot` is zero before and after. `touched` has one place more."""
     m, t, ptr, clicked = _similar(ix, item, start, end, decay, recent, slot, near, match, sim, weight), 0, ix.ptr, ix.item
     for a in range(m):
         slot[near[a]] = 0
         sim[a] *= weight[a]
-    least, all, m = np.partition(sim[:m], m - neighbours)[m - neighbours] if m > neighbours else np.float32(0), m, 0
-    for a in range(all):
-        if sim[a] < least: continue
-        near[m], match[m], sim[m] = near[a], match[a], sim[a]
-        fetch(ptr, near[m]); fetch(clicked, match[m])
-        m += 1
+    if m > neighbours:
+        bits, all, m = sim.view(np.int32), m, 0
+        least = limit(bits, all, neighbours)
+        for a in range(all):
+            near[m], match[m], sim[m] = near[a], match[a], sim[a]
+            m += bits[m] >= least
+    for a in range(m): fetch(ptr, near[a]); fetch(clicked, match[a])
+    far, by = len(behind), np.concatenate((behind[::-1], np.full(1, itself), ahead))  # by distance, from -far on
     for a in range(m):
-        s, at = near[a], match[a]
+        s, first = near[a], match[a] - far
         for p in range(ptr[s], ptr[s + 1]):
-            j, d = clicked[p], p - at
-            w = sim[a] * (itself if d == 0 else ahead[min(d, len(ahead)) - 1] if d > 0 else behind[min(-d, len(behind)) - 1])
-            if w <= 0: continue
-            if total[j] == 0:
-                touched[t] = j; t += 1
+            j, w = clicked[p], sim[a] * by[min(max(p - first, 0), len(by) - 1)]
+            touched[t] = j
+            t += (total[j] == 0) & (w > 0)
             total[j] += w
     return t
 
@@ -103,7 +103,7 @@ def _knn(ix, item, start, end, decay, recent, neighbours, ahead, behind, itself,
     n, ns = len(ix.click_ptr) - 1, len(ix.ptr) - 1
     ids, scores = np.full((len(start), k), -1, np.int32), np.zeros((len(start), k), np.float32)
     for worker in prange(WORKERS):
-        total, touched = np.zeros(n, np.float32), np.empty(n, np.int32)
+        total, touched = np.zeros(n, np.float32), np.empty(n + 1, np.int32)
         slot, near, match, sim, weight = np.zeros(ns, np.int32), np.empty(ns, np.int32), np.empty(ns, np.int64), np.empty(ns, np.float32), np.empty(ns, np.float32)
         for c in range(worker, len(start), WORKERS):
             t = votes(ix, item, start[c], end[c], decay, recent, neighbours, ahead, behind, itself, total, touched, slot, near, match, sim, weight)

@@ -23,48 +23,48 @@ STARTS = np.array([OFFSET[g] for g in GROUPS], np.int64)  # where each group's c
 @njit(cache=True, nogil=True)
 def _find(sorted_keys, start, end, key):
     "Row of `key` in sorted_keys[start:end], or -1."
-    while start < end:
-        middle = (start + end) // 2
-        if sorted_keys[middle] < key: start = middle + 1
-        elif sorted_keys[middle] > key: end = middle
-        else: return middle
-    return -1
+    left = end - start
+    while left > 1:
+        half = left // 2
+        start += half * (sorted_keys[start + half - 1] < key) # without a branch, which would be guessed wrong half of the time
+        left -= half
+    return start if left == 1 and sorted_keys[start] == key else -1
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #dff89240
 @njit(cache=True, nogil=True)
-def _never(x, h):
-    "The 17 history features of what never happened into x [h:h + 17]."
-    for k in range(h, h + 17): x[k] = 0
-    x[h + 3] = x[h + 4] = x[h + 12] = x[h + 13] = 999
-    x[h + 5] = x[h + 6] = x[h + 9] = x[h + 14] = -1
+def _never(x, c, h):
+    "The 17 history features of what never happened into x [c, h:h + 17]."
+    for k in range(h, h + 17): x[c, k] = 0
+    x[c, h + 3] = x[c, h + 4] = x[c, h + 12] = x[c, h + 13] = 999
+    x[c, h + 5] = x[c, h + 6] = x[c, h + 9] = x[c, h + 14] = -1
 
 @njit(cache=True, nogil=True)
-def _own(p, bought, lines, x, h):
-    "What the user did with the item itself, from row `bought` of the pairs `p`."
-    x[h], x[h + 1], x[h + 2], x[h + 3], x[h + 4], x[h + 5] = p[bought, 0], p[bought, 1], p[bought, 0] / lines, p[bought, 2], p[bought, 3], p[bought, 4]
-    if p[bought, 4] >= 0: x[h + 6] = p[bought, 3] / (p[bought, 4] + np.float32(0.5))
-    x[h + 7], x[h + 8], x[h + 9] = p[bought, 5], p[bought, 6], p[bought, 7]
+def _own(p, bought, lines, x, c, h):
+    "What the user did with the item of row `c` itself, from row `bought` of the pairs `p`."
+    x[c, h], x[c, h + 1], x[c, h + 2], x[c, h + 3], x[c, h + 4], x[c, h + 5] = p[bought, 0], p[bought, 1], p[bought, 0] / lines, p[bought, 2], p[bought, 3], p[bought, 4]
+    if p[bought, 4] >= 0: x[c, h + 6] = p[bought, 3] / (p[bought, 4] + np.float32(0.5))
+    x[c, h + 7], x[c, h + 8], x[c, h + 9] = p[bought, 5], p[bought, 6], p[bought, 7]
 
 @njit(cache=True, nogil=True)
-def _kind(p, kind, lines, x, h):
-    "What the user did with the item's category, from row `kind` of the pairs `p`; x[h] is known."
-    x[h + 10], x[h + 11], x[h + 12], x[h + 13], x[h + 15] = p[kind, 0], p[kind, 0] / lines, p[kind, 3], p[kind, 2], x[h] / p[kind, 0]
-    if p[kind, 4] >= 0: x[h + 14] = p[kind, 3] / (p[kind, 4] + np.float32(0.5))
+def _kind(p, kind, lines, x, c, h):
+    "What the user did with the item's category, from row `kind` of the pairs `p`; x[c, h] is known."
+    x[c, h + 10], x[c, h + 11], x[c, h + 12], x[c, h + 13], x[c, h + 15] = p[kind, 0], p[kind, 0] / lines, p[kind, 3], p[kind, 2], x[c, h] / p[kind, 0]
+    if p[kind, 4] >= 0: x[c, h + 14] = p[kind, 3] / (p[kind, 4] + np.float32(0.5))
 
 @njit(cache=True, nogil=True)
 def _histories(state, scratch, user, ids, n, x, h):
     "The 17 history features of `user` (code or -1) and the first `n` of `ids` into x [:n, h:h + 17]."
     bought_x, kind_key, kind_x, department_key, department_x, category = state.bought_x, state.kind_key, state.kind_x, state.department_key, state.department_x, state.category
     rows, bought, top = scratch.row, scratch.bought, state.category.shape[1] - 1
-    for c in range(n): _never(x[c], h)
+    for c in range(n): _never(x, c, h)
     if user < 0: return
     lines, first = max(state.user_lines[user], np.float32(1)), state.bought_ptr[user] - 1
     kind_from, kind_to, department_from, department_to = state.kind_ptr[user], state.kind_ptr[user + 1], state.department_ptr[user], state.department_ptr[user + 1]
     for c in range(n):
         item, own = ids[c], bought[rows[ids[c]]]
-        if own > 0: _own(bought_x, first + own, lines, x[c], h)
+        if own > 0: _own(bought_x, first + own, lines, x, c, h)
         row = _find(kind_key, kind_from, kind_to, category[item, 0])
-        if row >= 0: _kind(kind_x, row, lines, x[c], h)
+        if row >= 0: _kind(kind_x, row, lines, x, c, h)
         row = _find(department_key, department_from, department_to, category[item, top])
         if row >= 0: x[c, h + 16] = department_x[row, 0] / lines
 
@@ -87,7 +87,7 @@ def _cart_vector(vectors, cart, query):
     if length > 0: query /= length
 
 @njit(cache=True, nogil=True)
-def _sources(state, scratch, user, cart, ids, ranks, n, query, lanes, x, begin):
+def _sources(state, scratch, user, cart, ids, ranks, n, query, x, begin):
     "The 22 source features of the first `n` of `ids` into x [:n, begin:], from their `ranks` by each source, the cart's vector and what the scratch space holds."
     rows, sums, voted, inside, outside, person, taste, factor = scratch.row, scratch.sums, scratch.voted, query, state.vector_out, state.user_vector, state.user_factor, state.item_factor
     for c in range(n):
@@ -96,10 +96,10 @@ def _sources(state, scratch, user, cart, ids, ranks, n, query, lanes, x, begin):
         for s in range(ranks.shape[1]):
             x[c, begin + s] = ranks[c, s]
             proposed += ranks[c, s] < 999
-        if len(cart): near_cart = dot(inside, 0, outside, item, lanes)
+        if len(cart): near_cart = dot(inside, 0, outside, item)
         if user >= 0:
-            near = dot(person, user, outside, item, lanes)
-            if factor.shape[1]: affinity = dot(taste, user, factor, item, lanes)
+            near = dot(person, user, outside, item)
+            if factor.shape[1]: affinity = dot(taste, user, factor, item)
         x[c, o], x[c, o + 1], x[c, o + 2], x[c, o + 3] = sums[row, TOGETHER], sums[row, TOGETHER_MAX], sums[row, FOLLOW], sums[row, FOLLOW_MAX]
         x[c, o + 4], x[c, o + 5], x[c, o + 6], x[c, o + 7] = near, near_cart, affinity, sums[row, COMPLEMENT]
         x[c, o + 8], x[c, o + 9], x[c, o + 10] = voted[item], sums[row, CONTENT_MAX], proposed
@@ -113,7 +113,6 @@ class Work(NamedTuple):
     x: np.ndarray        # float32 [budget, features]
     lists: np.ndarray    # int32 [11, per source]
     query: np.ndarray    # float32 [1, d]: the cart's vector
-    lanes: np.ndarray    # float32 [16]: of a product
     starts: np.ndarray   # int64 [5]: STARTS. An argument, because a cached kernel would keep a global's old value when the definitions change
 
 MAX_CONTEXT = 400  # items of one request: cart and what is being looked at
@@ -122,7 +121,7 @@ def work_for(state: State, per_source: int, budget: int) -> Work:
     "Memory for requests with at most `MAX_CONTEXT` items in the cart."
     return Work(scratch_for(len(state.item_x), max(0, len(state.past_ptr) - 1)), np.zeros(budget, np.int32), np.zeros((budget, N_SOURCES), np.float32),
                 np.zeros((budget, len(NAMES)), np.float32), np.zeros((N_SOURCES, per_source), np.int32),
-                np.zeros((1, state.vector_in.shape[1]), np.float32), np.zeros(16, np.float32), STARTS)
+                np.zeros((1, state.vector_in.shape[1]), np.float32), STARTS)
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #8e95b1b5
 @njit(cache=True, nogil=True)
@@ -149,7 +148,7 @@ def _fill(state, work, user, cart, ids, ranks, n, x):
     _cart_vector(state.vector_in, cart, work.query)
     _histories(state, work.scratch, user, ids, n, x, at[2])
     _carts(state.category, cart, ids, n, x, at[3])
-    _sources(state, work.scratch, user, cart, ids, ranks, n, work.query, work.lanes, x, at[4])
+    _sources(state, work.scratch, user, cart, ids, ranks, n, work.query, x, at[4])
 
 @njit(cache=True, nogil=True)
 def candidate_rows(state, work, user, cart, barred):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..core.lanes import cut, fetch_row, lowest, turn
+from ..core.lanes import column, cut, fetch_row, leaf_sums, turn
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #dc5a9268
 class Trees(NamedTuple):
@@ -122,11 +122,12 @@ class Desk(NamedTuple):
     alive: np.ndarray  # words [T' × 16]
     shared: np.ndarray # words [T']
     value: np.ndarray  # float32 [16]: of one column
-    start: np.ndarray  # int64 [16]: where the words of each row begin
+    start: np.ndarray  # int64 [16]: where the words of each row begin, or its features
+    total: np.ndarray  # float64 [16]: scores
 
 def desk_for(trees: Trees) -> Desk:
     "Work space for `trees`."
-    return Desk(np.zeros(len(trees.start) * 16, trees.start.dtype), np.zeros_like(trees.start), np.zeros(16, np.float32), np.zeros(16, np.int64))
+    return Desk(np.zeros(len(trees.start) * 16, trees.start.dtype), np.zeros_like(trees.start), np.zeros(16, np.float32), np.zeros(16, np.int64), np.zeros(16))
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #558762eb
 @njit(cache=True, nogil=True)
@@ -140,19 +141,11 @@ def _shared(trees, x, begin, end, words):
             words[tree[a]] &= mask[a]
 
 @njit(cache=True, nogil=True)
-def _block(trees, x, r, m, begin, end, desk):
-    "Rule out leaves of rows r … r + m by the columns [begin, end)."
-    ptr, threshold, tree, mask, values, alive = trees.ptr, trees.threshold, trees.tree, trees.mask, desk.value, desk.alive
-    for column in range(begin, end):
-        if ptr[column] == ptr[column + 1]: continue
-        high = x[r, column]
-        for b in range(m):
-            value = x[r + b, column]
-            values[b] = value
-            high = value if value > high else high
-        for a in range(ptr[column], ptr[column + 1]):
-            if high <= threshold[a]: break
-            cut(values, 0, threshold[a], alive, tree[a] * 16, mask[a])
+def _block(trees, x, begin, end, desk):
+    "Rule out leaves of sixteen rows, which begin at desk.start in `x`, by the columns [begin, end)."
+    ptr, threshold, tree, mask, values, alive, start = trees.ptr, trees.threshold, trees.tree, trees.mask, desk.value, desk.alive, desk.start
+    for k in range(begin, end):
+        if ptr[k] < ptr[k + 1]: cut(values, column(x, start, k, values), threshold, tree, mask, ptr[k], ptr[k + 1], alive)
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #db76b628
 @njit(cache=True, nogil=True)
@@ -161,14 +154,14 @@ def score(trees, words, desk, ids, x, n, own, shared, out):
 
     `words`: of `item_words`, which stand for the columns [0, own); the columns [own, shared) are the same in all rows."""
     if n: _shared(trees, x, own, shared, desk.shared)
-    leaves, kept, alive, start, wide = trees.value, desk.shared, desk.alive, desk.start, words.shape[1]
+    leaves, kept, alive, start, total, wide = trees.value, desk.shared, desk.alive, desk.start, desk.total, words.shape[1]
     for c in range(min(n, 16)): fetch_row(words, ids[c])
     for r in range(0, n, 16):
         m = min(16, n - r)
         for c in range(r + 16, min(n, r + 32)): fetch_row(words, ids[c])
         for b in range(16): start[b] = ids[r + min(b, m - 1)] * wide
         for t in range(0, wide, 16): turn(words, start, t, kept, alive)
-        _block(trees, x, r, m, shared, x.shape[1], desk)
-        out[r:r + m] = 0
-        for t in range(len(leaves)):
-            for b in range(m): out[r + b] += leaves[t, lowest(alive[t * 16 + b])]
+        for b in range(16): start[b] = (r + min(b, m - 1)) * x.shape[1]
+        _block(trees, x, shared, x.shape[1], desk)
+        leaf_sums(alive, leaves, total)
+        out[r:r + m] = total[:m]
