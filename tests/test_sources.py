@@ -117,7 +117,7 @@ def candidates(state: State, user: int, cart: list[int]) -> dict[int, set[str]]:
     n = gather(state, scratch, user, np.array(cart, np.int32), none, ids, ranks, lists)
     found = {int(i): {s for s, r in zip(SOURCES, row) if r < ABSENT} for i, row in zip(ids[:n], ranks[:n])}
     clear(scratch)
-    assert not any(a.any() for name, a in scratch._asdict().items() if name not in ("key", "code", "worth", "near", "match", "similar", "weight"))
+    assert not any(a.any() for name, a in scratch._asdict().items() if name not in ("code", "key", "best", "heard", "near", "match", "similar", "weight"))
     return found
 
 def with_sources() -> State:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'TOGETHER_MAX', 'FOLLOW', 'FOLLOW_MAX', 'NEAR', 'NEAR_MAX', 'COMPLEMENT', 'COMPLEMENT_MAX', 'CONTENT',
-           'CONTENT_MAX', 'FADE', 'State', 'load_state', 'Scratch', 'scratch_for', 'meet', 'clear', 'told_ahead',
-           'with_told', 'gather']
+           'CONTENT_MAX', 'FADE', 'AROUND', 'State', 'load_state', 'Scratch', 'scratch_for', 'meet', 'clear',
+           'told_ahead', 'with_told', 'gather']
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #5b04612f
 from functools import partial
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .session_knn import SessionIndex, votes
-from ..core.lanes import fetch, fetch_row, limit
+from .session_knn import SessionIndex, around, votes
+from ..core.lanes import fetch, fetch_row, kernel, limit
 from ..core.settings import RecsysError
 from ..features.definitions import ABSENT, SOURCES
 from ..features.point_in_time import load_arrays
@@ -62,7 +62,7 @@ def load_state(*folders: str | Path) -> State:
 TOGETHER, TOGETHER_MAX, FOLLOW, FOLLOW_MAX, NEAR, NEAR_MAX, COMPLEMENT, COMPLEMENT_MAX, CONTENT, CONTENT_MAX = range(10)  # columns of Scratch.sums: sums and strongest links
 
 class Scratch(NamedTuple):
-    "A worker's own space; all zero between requests, but for what is being sorted and the past sessions' `near`, `match`, `similar` and `weight`. I items; row 0 stands for no item."
+    "A worker's own space; all zero between requests, but for what is being sorted, `heard` and the past sessions' `near`, `match`, `similar` and `weight`. I items; row 0 stands for no item."
     row: np.ndarray      # int32 [I]: the item's row below, 0: it was not met
     used: np.ndarray     # int64 [2]: rows in use; items that past sessions voted for
     item: np.ndarray     # int32 [I + 1]: of each row
@@ -80,7 +80,7 @@ def scratch_for(n_items: int, n_sessions: int = 0) -> Scratch:
     return Scratch(i32(n_items), i64(2), i32(rows), i32(rows), i32(rows), f32((rows, 10)), i32(rows), i64(rows), i64(rows), f32(n_items), i32(rows),
                    i32(n_sessions), i32(n_sessions), i64(n_sessions), f32(n_sessions), f32(n_sessions))
 
-@njit(cache=True, nogil=True)
+@kernel
 def meet(rows, items, used, item):
     "The row of `item`; the arguments before it are a Scratch's row, item and used."
     row = rows[item]
@@ -90,23 +90,23 @@ def meet(rows, items, used, item):
         rows[item], items[row] = row, item
     return row
 
-@njit(cache=True, nogil=True)
+@kernel
 def clear(scratch):
     "Wipe from `scratch` what a request left there."
     rows, item, used, place, bought, sums, voted, heard = scratch.row, scratch.item, scratch.used, scratch.place, scratch.bought, scratch.sums, scratch.voted, scratch.heard
     for row in range(1, used[0] + 1):
         rows[item[row]] = item[row] = place[row] = bought[row] = 0
         for column in range(sums.shape[1]): sums[row, column] = 0
-    for a in range(used[1]): voted[heard[a]] = heard[a] = 0
+    for a in range(used[1]): voted[heard[a]] = 0
     used[:] = 0
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #cbc16c86
-@njit(cache=True, nogil=True)
+@kernel
 def _key(bits, code):
     "A sum above 0, as `bits` int32, and an item's code as one integer."
     return np.int64(bits) << 32 | 0x7fffffff - code
 
-@njit(cache=True, nogil=True)
+@kernel
 def _top(key, n, best, out):
     "The codes of the largest of the first `n` keys (of `_key`), falling, into `out` int32 [k]; `best` is space for k + 1 keys."
     size, m = min(n, len(out)), 0
@@ -120,7 +120,7 @@ def _top(key, n, best, out):
         out[place] = 0x7fffffff - (best[a] & 0x7fffffff)
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #aa5201cb
-@njit(cache=True, nogil=True)
+@kernel
 def _spread(scratch, items, recency, ids, scores, column):
     "Add the neighbours' scores of `items`, the n-th weighted recency**n, into sums[:, column], and the strongest into the column after it; the neighbours into scratch.code. How many."
     n, weight = 0, np.float32(1)
@@ -143,7 +143,7 @@ def _spread(scratch, items, recency, ids, scores, column):
         weight *= recency
     return n
 
-@njit(cache=True, nogil=True)
+@kernel
 def _best(scratch, column, n, out):
     "Of the `n` items in scratch.code those with the largest sum, falling, into `out`."
     key, code, rows, bits = scratch.key, scratch.code, scratch.row, scratch.sums.view(np.int32)
@@ -173,7 +173,7 @@ def with_told(state: State, n: int) -> State:
     (follow, sums), (alike, more) = told(state.follow_ids, state.follow_scores), told(state.content_ids, state.content_scores)
     return state._replace(user_follow_ids=follow, user_follow_sums=sums, user_alike_ids=alike, user_alike_sums=more)
 
-@njit(cache=True, nogil=True)
+@kernel
 def _recall(scratch, items, told, column, out):
     "A list that was told ahead, into `out`, and its sums into sums[:, column:column + 2]."
     rows, item, used, sums = scratch.row, scratch.item, scratch.used, scratch.sums
@@ -184,28 +184,29 @@ def _recall(scratch, items, told, column, out):
         if k < len(out): out[k] = items[k]
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #97911602
-FADE = np.float32(.8) ** np.arange(20, dtype=np.float32)  # of an item by its distance from the end of the cart, and from the match in a past session
+FADE = np.float32(.8) ** np.arange(20, dtype=np.float32)  # of an item by its distance from the end of the cart …
+AROUND = around(FADE, FADE, 0)                            # … and from the match in a past session
 
-@njit(cache=True, nogil=True)
+@kernel
 def _asked(state, scratch, cart):
     "Votes of the past sessions most like `cart` into scratch.voted; how many items."
     if len(state.past_ptr) == 0 or len(cart) == 0: return 0
     past = SessionIndex(state.past_ptr, state.past_item, state.past_click_ptr, state.past_click, state.past_session, state.past_idf, state.past_trust)
-    return votes(past, cart, 0, len(cart), FADE, 500, 200, FADE, FADE, np.float32(0), scratch.voted, scratch.heard, scratch.slot, scratch.near, scratch.match, scratch.similar, scratch.weight)
+    return votes(past, cart, 0, len(cart), FADE, 500, 200, AROUND, scratch.voted, scratch.heard, scratch.slot, scratch.near, scratch.match, scratch.similar, scratch.weight)
 
-@njit(cache=True, nogil=True)
+@kernel
 def _voted(scratch, n, out):
     "Of the `n` items in scratch.heard those with the most votes, falling, into `out`."
     key, heard, bits = scratch.key, scratch.heard, scratch.voted.view(np.int32)
     for a in range(n): key[a] = _key(bits[heard[a]], heard[a])
     _top(key, n, scratch.best, out)
 
-@njit(cache=True, nogil=True)
+@kernel
 def _copy(items, out):
     "The first of `items` into `out`, as many as there is room for."
     for r in range(min(len(out), len(items))): out[r] = items[r]
 
-@njit(cache=True, nogil=True)
+@kernel
 def _lists(state, scratch, user, cart, lists):
     "Fill `lists` [11, per source] with item codes, best first, -1 pads."
     whole, few = np.float32(1), lists[8, :state.content_ids.shape[1]]
@@ -225,7 +226,7 @@ def _lists(state, scratch, user, cart, lists):
     _voted(scratch, n, lists[10])
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #70f67ed1
-@njit(cache=True, nogil=True)
+@kernel
 def _take_turns(scratch, lists, sellable, ids, ranks):
     "Merge `lists` by rank into `ids` [budget] and `ranks` [budget, sources] (ABSENT: not proposed), skipping items with place -1; how many."
     n, rows, item, used, places = 0, scratch.row, scratch.item, scratch.used, scratch.place
@@ -248,7 +249,7 @@ def _take_turns(scratch, lists, sellable, ids, ranks):
 assert ABSENT == 999.0 and len(SOURCES) == 11  # the kernels above spell these numbers out: a compiled function cannot read them by name
 
 # %% ../../nbs/3_candidates/06_blend.ipynb #ae2c91ef
-@njit(cache=True, nogil=True)
+@kernel
 def gather(state, scratch, user, cart, barred, ids, ranks, lists):
     """Candidates for `user` (code, or -1) with `cart` int32 [c], without `barred` int32 [b]: how many.
 

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from ..candidates.blend import clear, gather, meet
+from ..core.lanes import kernel
 from .rows import _fill, own_columns
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #9ee06112
@@ -149,7 +150,7 @@ def places_for(n: int) -> Places:
     return Places(np.zeros(n, np.int64), np.zeros(n, np.uint8), np.ones(n))
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #10745a02
-@njit(cache=True, nogil=True)
+@kernel
 def _fits(policy, used, item):
     "Is there room for `item` in each of its groups? `used` [caps, groups] counts."
     for k in range(len(policy.most)):
@@ -157,7 +158,7 @@ def _fits(policy, used, item):
         if g >= 0 and used[k, g] >= policy.most[k]: return False
     return True
 
-@njit(cache=True, nogil=True)
+@kernel
 def _count(policy, used, item):
     "Count `item` in its groups."
     for k in range(len(policy.most)):
@@ -221,7 +222,7 @@ def _next_held(held, s):
     return np.int64(-1)
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #2aca7820
-@njit(cache=True, nogil=True)
+@kernel
 def first(scores, n, out):
     "Rows of the largest of the first `n` scores, falling, into `out` int64 [k]; ties: the earlier row. How many."
     found = 0
@@ -236,14 +237,16 @@ def first(scores, n, out):
         out[at] = row
     return found
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unmoved(ids, scores, policy, out):
     "Fill the places `out` by falling scores, where nothing but caps could change that; how many, -1: a cap does."
-    n, used = first(scores, len(ids), out.row), np.zeros((len(policy.most), policy.groups), np.int32)
+    n, group, most = first(scores, len(ids), out.row), policy.group, policy.most
     for s in range(n):
         item = ids[out.row[s]]
-        if not _fits(policy, used, item): return -1
-        _count(policy, used, item)
+        for k in range(len(most)):
+            others = 0
+            for t in range(s): others += group[k, ids[out.row[t]]] == group[k, item]
+            if group[k, item] >= 0 and others >= most[k]: return -1
         out.flag[s], out.chance[s] = 0, 1.0
     return n
 
@@ -286,7 +289,14 @@ def arrange(ids, scores, vectors, category, policy, showings, seed, out):
     return n
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #65c0346e
-@njit(cache=True, nogil=True)
+@kernel
+def _holds(items, item):
+    "Is `item` among `items`?"
+    for i in items:
+        if i == item: return True
+    return False
+
+@kernel
 def _join(work, n, pin, sellable):
     "Add the pins that may be shown to the `n` candidates of `work`; how many there are then."
     rows, items, used, place, last = work.scratch.row, work.scratch.item, work.scratch.used, work.scratch.place, n - 1
@@ -295,7 +305,7 @@ def _join(work, n, pin, sellable):
         if place[row] != 0 or sellable[item] == 0: continue
         at = n
         if n == len(work.ids):
-            while last >= 0 and (pin == work.ids[last]).any(): last -= 1
+            while last >= 0 and _holds(pin, work.ids[last]): last -= 1
             if last < 0: return n
             at, last = last, last - 1
             place[meet(rows, items, used, work.ids[at])] = 0
@@ -306,14 +316,14 @@ def _join(work, n, pin, sellable):
     return n
 
 # %% ../../nbs/4_ranking/05_arrange.ipynb #fd55c9f6
-@njit(cache=True, nogil=True)
+@kernel
 def proposed(state, work, user, cart, barred, pin):
     "The candidates, with the items `pin`, in the order in which the sources took their turns, without features; how many."
     n = _join(work, gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists), pin, state.sellable)
     clear(work.scratch)
     return n
 
-@njit(cache=True, nogil=True)
+@kernel
 def gathered(state, work, user, cart, barred, pin):
     "The candidates, with the items `pin`, and all of their features but the item's and the user's own; how many."
     n = _join(work, gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists), pin, state.sellable)
@@ -321,7 +331,7 @@ def gathered(state, work, user, cart, barred, pin):
     clear(work.scratch)
     return n
 
-@njit(cache=True, nogil=True)
+@kernel
 def pinned_rows(state, work, user, cart, barred, pin):
     "As `candidate_rows`, with the items `pin` int32 [pins] among the candidates wherever they may be shown."
     n = gather(state, work.scratch, user, cart, barred, work.ids, work.ranks, work.lists)

@@ -13,14 +13,14 @@ import numpy as np
 from numba import njit
 
 from ..candidates.blend import COMPLEMENT, CONTENT_MAX, FOLLOW, FOLLOW_MAX, Scratch, State, TOGETHER, TOGETHER_MAX, clear, gather, scratch_for
-from ..core.lanes import dot, fetch_row
+from ..core.lanes import dot, fetch_row, kernel
 from ..features.definitions import GROUPS, HISTORY, NAMES, OFFSET, SOURCES
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #40a6d9cc
 N_SOURCES = len(SOURCES)
 STARTS = np.array([OFFSET[g] for g in GROUPS], np.int64)  # where each group's columns begin
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find(sorted_keys, start, end, key):
     "Row of `key` in sorted_keys[start:end], or -1."
     left = end - start
@@ -31,27 +31,27 @@ def _find(sorted_keys, start, end, key):
     return start if left == 1 and sorted_keys[start] == key else -1
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #dff89240
-@njit(cache=True, nogil=True)
+@kernel
 def _never(x, c, h):
     "The 17 history features of what never happened into x [c, h:h + 17]."
     for k in range(h, h + 17): x[c, k] = 0
     x[c, h + 3] = x[c, h + 4] = x[c, h + 12] = x[c, h + 13] = 999
     x[c, h + 5] = x[c, h + 6] = x[c, h + 9] = x[c, h + 14] = -1
 
-@njit(cache=True, nogil=True)
+@kernel
 def _own(p, bought, lines, x, c, h):
     "What the user did with the item of row `c` itself, from row `bought` of the pairs `p`."
     x[c, h], x[c, h + 1], x[c, h + 2], x[c, h + 3], x[c, h + 4], x[c, h + 5] = p[bought, 0], p[bought, 1], p[bought, 0] / lines, p[bought, 2], p[bought, 3], p[bought, 4]
     if p[bought, 4] >= 0: x[c, h + 6] = p[bought, 3] / (p[bought, 4] + np.float32(0.5))
     x[c, h + 7], x[c, h + 8], x[c, h + 9] = p[bought, 5], p[bought, 6], p[bought, 7]
 
-@njit(cache=True, nogil=True)
+@kernel
 def _kind(p, kind, lines, x, c, h):
     "What the user did with the item's category, from row `kind` of the pairs `p`; x[c, h] is known."
     x[c, h + 10], x[c, h + 11], x[c, h + 12], x[c, h + 13], x[c, h + 15] = p[kind, 0], p[kind, 0] / lines, p[kind, 3], p[kind, 2], x[c, h] / p[kind, 0]
     if p[kind, 4] >= 0: x[c, h + 14] = p[kind, 3] / (p[kind, 4] + np.float32(0.5))
 
-@njit(cache=True, nogil=True)
+@kernel
 def _histories(state, scratch, user, ids, n, x, h):
     "The 17 history features of `user` (code or -1) and the first `n` of `ids` into x [:n, h:h + 17]."
     bought_x, kind_key, kind_x, department_key, department_x, category = state.bought_x, state.kind_key, state.kind_x, state.department_key, state.department_x, state.category
@@ -69,7 +69,7 @@ def _histories(state, scratch, user, ids, n, x, h):
         if row >= 0: x[c, h + 16] = department_x[row, 0] / lines
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #0a410cad
-@njit(cache=True, nogil=True)
+@kernel
 def _carts(category, cart, ids, n, x, c):
     "The 4 cart features of the first `n` of `ids` into x [:n, c:c + 4]."
     for a in range(n):
@@ -77,16 +77,18 @@ def _carts(category, cart, ids, n, x, c):
         for i in cart:
             for level in range(3): x[a, c + 1 + level] += category[i, level] == category[ids[a], level]
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cart_vector(vectors, cart, query):
     "The sum of the `vectors` of `cart`, with length 1, into `query` [1, d]; zeros for an empty cart."
-    query[:] = 0
+    query[:], total = 0, np.float32(0)
     for i in cart:
         for d in range(query.shape[1]): query[0, d] += vectors[i, d]
-    length = np.float32(np.sqrt((query * query).sum()))
-    if length > 0: query /= length
+    for d in range(query.shape[1]): total += query[0, d] * query[0, d]
+    length = np.float32(np.sqrt(total))
+    for d in range(query.shape[1]):
+        if length > 0: query[0, d] /= length
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sources(state, scratch, user, cart, ids, ranks, n, query, x, begin):
     "The 22 source features of the first `n` of `ids` into x [:n, begin:], from their `ranks` by each source, the cart's vector and what the scratch space holds."
     rows, sums, voted, inside, outside, person, taste, factor = scratch.row, scratch.sums, scratch.voted, query, state.vector_out, state.user_vector, state.user_factor, state.item_factor
@@ -124,14 +126,14 @@ def work_for(state: State, per_source: int, budget: int) -> Work:
                 np.zeros((1, state.vector_in.shape[1]), np.float32), STARTS)
 
 # %% ../../nbs/4_ranking/01_rows.ipynb #8e95b1b5
-@njit(cache=True, nogil=True)
+@kernel
 def _fetch(state, ids, n):
     "Ask memory for the tables of the first `n` of `ids`."
     vectors, factors, category = state.vector_out, state.item_factor, state.category
     for c in range(n):
         fetch_row(category, ids[c]); fetch_row(vectors, ids[c]); fetch_row(factors, ids[c])
 
-@njit(cache=True, nogil=True)
+@kernel
 def own_columns(state, user, ids, rows, x):
     "The features of the items `ids` and of the user, the first columns, into `rows` of `x`."
     item_x, user_x = state.item_x, state.user_x
@@ -140,7 +142,7 @@ def own_columns(state, user, ids, rows, x):
         for k in range(own): x[c, k] = item_x[ids[c], k]
         for k in range(user_x.shape[1]): x[c, own + k] = user_x[user, k] if user >= 0 else np.float32(-1)
 
-@njit(cache=True, nogil=True)
+@kernel
 def _fill(state, work, user, cart, ids, ranks, n, x):
     "All features but the item's and the user's own of the first `n` of `ids` into x [:n], from their `ranks` [n, 11] by each source; the scratch space is filled."
     at = work.starts
@@ -150,7 +152,7 @@ def _fill(state, work, user, cart, ids, ranks, n, x):
     _carts(state.category, cart, ids, n, x, at[3])
     _sources(state, work.scratch, user, cart, ids, ranks, n, work.query, x, at[4])
 
-@njit(cache=True, nogil=True)
+@kernel
 def candidate_rows(state, work, user, cart, barred):
     """Candidates of one request and their features; how many, n.
 

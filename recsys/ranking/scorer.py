@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..core.lanes import column, cut, fetch_row, leaf_sums, turn
+from ..core.lanes import column, cut, fetch_row, kernel, leaf_sums, turn
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #dc5a9268
 class Trees(NamedTuple):
@@ -130,7 +130,7 @@ def desk_for(trees: Trees) -> Desk:
     return Desk(np.zeros(len(trees.start) * 16, trees.start.dtype), np.zeros_like(trees.start), np.zeros(16, np.float32), np.zeros(16, np.int64), np.zeros(16))
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #558762eb
-@njit(cache=True, nogil=True)
+@kernel
 def _shared(trees, x, begin, end, words):
     "What the columns [begin, end), which are the same in all rows, leave of each tree, into `words`."
     ptr, threshold, tree, mask = trees.ptr, trees.threshold, trees.tree, trees.mask
@@ -140,7 +140,7 @@ def _shared(trees, x, begin, end, words):
             if x[0, column] <= threshold[a]: break
             words[tree[a]] &= mask[a]
 
-@njit(cache=True, nogil=True)
+@kernel
 def _block(trees, x, begin, end, desk):
     "Rule out leaves of sixteen rows, which begin at desk.start in `x`, by the columns [begin, end)."
     ptr, threshold, tree, mask, values, alive, start = trees.ptr, trees.threshold, trees.tree, trees.mask, desk.value, desk.alive, desk.start
@@ -148,7 +148,7 @@ def _block(trees, x, begin, end, desk):
         if ptr[k] < ptr[k + 1]: cut(values, column(x, start, k, values), threshold, tree, mask, ptr[k], ptr[k + 1], alive)
 
 # %% ../../nbs/4_ranking/15_scorer.ipynb #db76b628
-@njit(cache=True, nogil=True)
+@kernel
 def score(trees, words, desk, ids, x, n, own, shared, out):
     """Scores of the first `n` rows of `x` float32 [·, C] into `out` float64; they are the items `ids` int32.
 
@@ -164,4 +164,4 @@ def score(trees, words, desk, ids, x, n, own, shared, out):
         for b in range(16): start[b] = (r + min(b, m - 1)) * x.shape[1]
         _block(trees, x, shared, x.shape[1], desk)
         leaf_sums(alive, leaves, total)
-        out[r:r + m] = total[:m]
+        for b in range(m): out[r + b] = total[b]

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from numba import njit, types
 from numba.experimental import structref
 
-from ..core.lanes import ticks
+from ..core.lanes import kernel, ticks
 from ..features.definitions import ABSENT, NAMES, SOURCES
 from ..ranking.arrange import NO_SHOWINGS, Places, Policy, Showings, arrange, first, gathered, no_policy, pinned_rows, places_for, proposed, seed_of
 from ..ranking.calibration import probability_of
@@ -124,7 +124,7 @@ def move(moved, ids, n, scores):
         scores[row] += added[row]
     for k in range(len(near)): shift[near[k]] = usual[k]
 
-@njit(cache=True, nogil=True)
+@kernel
 def tell(work, scores, rows, added, told):
     "What an answer says of `rows` into `told`: item, bits of its sources, the one that placed it highest, score; times and days of HISTORY, and the user's recency, if there are features; what was `added`."
     ids, ranks, x, user, history = work.ids, work.ranks, work.x, work.starts[1], work.starts[2]
@@ -137,38 +137,48 @@ def tell(work, scores, rows, added, told):
         told[k, 4], told[k, 5], told[k, 6] = x[row, history], x[row, history + 4], x[row, user + 2]
         told[k, 7] = added[row] if len(added) else 0.0
 
-@njit(cache=True, nogil=True)
-def _scored(handle, user, cart, barred, pin, moved):
+@kernel
+def _made(state, work, scorer, scores, clock, user, cart, barred, pin):
     "Candidates, with the items `pin` among them, and their scores; how many."
-    state, work, scorer, clock = handle.state, handle.work, handle.scorer, handle.clock
     clock[0] = ticks()
     n = gathered(state, work, user, cart, barred, pin)
     own_columns(state, user, work.ids, range(min(n, 1)), work.x)  # the user's are asked of the first row alone
     clock[1] = ticks()
-    score(scorer.trees, scorer.words, scorer.desk, work.ids, work.x, n, work.starts[1], work.starts[2], handle.scores)
-    move(moved, work.ids, n, handle.scores)
+    score(scorer.trees, scorer.words, scorer.desk, work.ids, work.x, n, work.starts[1], work.starts[2], scores)
     clock[2] = ticks()
+    return n
+
+@njit(cache=True, nogil=True)
+def _scored(handle, user, cart, barred, pin, moved):
+    "The same of a handle, with what was learned since the night."
+    work, scores = handle.work, handle.scores
+    n = _made(handle.state, work, handle.scorer, scores, handle.clock, user, cart, barred, pin)
+    move(moved, work.ids, n, scores)
     return n
 
 @njit(cache=True, nogil=True)
 def _ranked(handle, user, cart, barred, most, moved):
     "The `most` best candidates into the places; how many."
-    n, work, rows = _scored(handle, user, cart, barred, moved.near, moved), handle.work, handle.places.row
-    n = first(handle.scores, n, rows[:most])
-    own_columns(handle.state, user, work.ids, rows[:n], work.x)
-    tell(work, handle.scores, rows[:n], moved.added, handle.told)
-    handle.clock[3] = ticks()
+    state, work, scores, clock, rows = handle.state, handle.work, handle.scores, handle.clock, handle.places.row
+    n = _made(state, work, handle.scorer, scores, clock, user, cart, barred, moved.near)
+    move(moved, work.ids, n, scores)
+    n = first(scores, n, rows[:most])
+    own_columns(state, user, work.ids, rows[:n], work.x)
+    tell(work, scores, rows[:n], moved.added, handle.told)
+    clock[3] = ticks()
     return n
 
 @njit(cache=True, nogil=True)
 def _arranged(handle, user, cart, barred, showings, seed, most, moved):
     "The same under the policy."
-    state, policy, work, p = handle.state, handle.policy, handle.work, handle.places
-    n, out = _scored(handle, user, cart, barred, np.concatenate((policy.pin, moved.near)), moved), Places(p.row[:most], p.flag[:most], p.chance[:most])
-    n = arrange(work.ids[:n], handle.scores[:n], state.vector_out, state.category, policy, showings, seed, out) if n else 0
+    state, policy, work, scores, clock, p = handle.state, handle.policy, handle.work, handle.scores, handle.clock, handle.places
+    n = _made(state, work, handle.scorer, scores, clock, user, cart, barred, np.concatenate((policy.pin, moved.near)))
+    move(moved, work.ids, n, scores)
+    out = Places(p.row[:most], p.flag[:most], p.chance[:most])
+    n = arrange(work.ids[:n], scores[:n], state.vector_out, state.category, policy, showings, seed, out) if n else 0
     own_columns(state, user, work.ids, out.row[:n], work.x)
-    tell(work, handle.scores, out.row[:n], moved.added, handle.told)
-    handle.clock[3] = ticks()
+    tell(work, scores, out.row[:n], moved.added, handle.told)
+    clock[3] = ticks()
     return n
 
 assert (NAMES.index("user_recency_days"), NAMES.index("bought_count"), NAMES.index("bought_days_since")) == (STARTS[1] + 2, STARTS[2], STARTS[2] + 4) # as `tell` finds them
