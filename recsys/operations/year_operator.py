@@ -34,7 +34,7 @@ from ..monitoring.profiles import Store, profile_days, week_report
 from ..monitoring.watch import plan_of
 from .decisions import Finding
 from .publish import publish
-from .registry import bundles, promote, releases, serving
+from .registry import bundles, kept, promote, releases, serving
 from .runner import remove
 from ..ranking.ranker import ranker_text
 from ..ranking.train import train_ranker
@@ -69,6 +69,8 @@ class Night(Struct):
     low: float = 0.; high: float = 0. # of the difference, 95 %
     passed: bool = False
     said: str = ""
+    gate: str = ""      # what the daily run's gate says: verdict, and why
+    gate_cpu: float = 0. # seconds of `cpu` that it took
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #15651734
 def _empty(folder: Path) -> Path:
@@ -105,16 +107,15 @@ def learn(settings: Settings, moment: datetime, keep_days: int = 42, ranker: Pat
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #07dbbea3
 def publish_night(settings: Settings, night: Night, at: dict[str, Path], why: str) -> Night:
-    "Write the bundle of a night and promote it, unless the gate refuses."
-    began = time.process_time()
+    "Write the bundle of a night, ask the gate, and promote it unless it is clearly worse than a baseline."
+    began, asked = time.process_time(), {}
     night.passed = night.high > 0
     if night.passed:
-        before = serving(settings)
-        bundle, *_ = publish(at, bundles(settings), _empty(settings.data_dir/"steps"/"publish"), settings)
-        night.version = bundle.manifest["version"]
-        promote(settings, night.version, why=why, anyway=True) # the gate of the registry is another one
+        bundle, _, gate = publish(at, bundles(settings), _empty(settings.data_dir/"steps"/"publish"), settings, lambda name: asked.setdefault(name, time.process_time()))
+        night.version, night.gate, night.gate_cpu = bundle.manifest["version"], f"{gate.verdict}: {gate.sentence}", time.process_time() - asked["bundle"]
+        promote(settings, night.version, why=why, anyway=True)
         for old in versions(bundles(settings))[:-settings.run.keep - 2]:
-            if old not in (night.version, before): remove(bundles(settings)/old)
+            if old not in kept(settings) | {night.version}: remove(bundles(settings)/old)
     night.said = f"{why}: NDCG {night.ndcg:.3f}, best baseline {night.best:.3f}: " + ("promoted" if night.passed else "refused by the gate")
     for folder in (settings.data_dir/"steps").glob("*-*"):
         if folder not in at.values(): remove(folder)
