@@ -130,7 +130,7 @@ def test_no_filtered_item_ever_comes_out_and_promises_hold(engine_with, world, r
     assert len(set(codes)) == len(codes) <= request.n and [s.rank for s in answer.items] == list(range(1, len(codes) + 1))
     for cap in rules.cap:
         if holds(cap, request.placement): assert max(groups(engine, cap, codes).values(), default=0) <= cap.most
-    for name, field in engine.work.scratch._asdict().items(): assert name in ("key", "code", "worth") or not field.any()
+    for name, field in engine.work.scratch._asdict().items(): assert name in ("code", "key", "best", "heard") or not field.any()
     assert all(0 < s.propensity <= 1 and len(s.reason) == len(s.source) > 0 for s in answer.items)
     e = rules.exploration if rules.exploration and holds(rules.exploration, request.placement) else None
     explored = [s.rank for s in answer.items if s.propensity < 1 or "exploration" in s.rules]
