@@ -256,7 +256,7 @@ def test_rows_of_lists_are_the_candidates_rows():
     one, _ = list_rows(state, shown, PER_SOURCE, BUDGET, dict(click=1.), 0., 1, 0)
     assert len(one.size) == 1
     again = work_for(state, PER_SOURCE, BUDGET)
-    for name, field in again.scratch._asdict().items(): assert name in ("key", "code", "worth") or not field.any()
+    for name, field in again.scratch._asdict().items(): assert name in ("code", "key", "best", "heard") or not field.any()
 
 # ---- probabilities
 

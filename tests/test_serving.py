@@ -89,7 +89,7 @@ requests = st.builds(Request, n=st.integers(1, 100), user_id=people, visitor_id=
 
 def left_behind(engine) -> list[str]:
     "Fields of the scratch space that a request has not wiped."
-    return [name for name, field in engine.work.scratch._asdict().items() if name not in ("key", "code", "worth") and field.any()]
+    return [name for name, field in engine.work.scratch._asdict().items() if name not in ("code", "key", "best", "heard") and field.any()]
 
 @settings(max_examples=150)
 @given(request=requests)
