@@ -378,9 +378,9 @@ def _view(engine: Engine, request: Request) -> View:
 
 def _note(engine: Engine, view: View, suggestions: list[Suggestion], places: Places):
     "Write into `suggestions` which rules touched them, and their propensities."
-    lifted = len(view.lifts.names) > 0
-    if not (lifted or places.flag.any() or (places.chance != 1).any()): return # as most lists are
-    for s, flag, chance in zip(suggestions, places.flag.tolist(), places.chance.tolist()):
+    lifted, flags, chances = len(view.lifts.names) > 0, places.flag.tolist(), places.chance.tolist()
+    if not (lifted or any(flags) or chances.count(1.0) < len(chances)): return # as most lists are
+    for s, flag, chance in zip(suggestions, flags, chances):
         s.propensity = chance
         if flag or lifted: s.rules = touched(view, engine.bundle.item_codes[s.item_id], flag)
 
