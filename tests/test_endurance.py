@@ -56,7 +56,7 @@ def request(rng: random.Random) -> bytes:
     if rng.random() < .1: method, path_ = rng.choice(["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "BREW"]), rng.choice(["/", "//", "/v1", "/v1/explain/%ff", "/v1/items/%00", "/v1/users/", "/v1/../etc", "/" + "a" * 3000, "/v1/recommend?x=" + "y" * 900, "/metricsx"])
     else: path_ = path
     text = body(rng, path)
-    head = [f"{method} {path_} HTTP/1.1", "host: x", f"content-length: {len(text)}"]
+    head = [f"{method} {path_} HTTP/1.1", "host: localhost", f"content-length: {len(text)}"]
     head.append(rng.choice(["content-type: application/json"] * 9 + ["content-type: text/plain", "content-type: ", "content-encoding: gzip\r\ncontent-type: application/json", "x-request-id: " + "r" * 500]))
     if rng.random() < .1: head.append(rng.choice(["authorization: Bearer \xff", "authorization: Bearer", "x-request-id: a b", "accept: " + "*" * 2000, "content-type: application/json; charset=\xe9"]))
     return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + text

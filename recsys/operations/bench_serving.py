@@ -87,7 +87,7 @@ def simulated_bundle(folder: Path, n: int, m: int, per_source: int, budget: int,
 # %% ../../nbs/9_operations/17_bench_serving.ipynb #1498ba0f
 def _http(path: str, body: dict, key: str) -> bytes:
     text = json.dumps(body).encode()
-    return b"POST %s HTTP/1.1\r\nhost: a\r\nauthorization: Bearer %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), key.encode(), len(text), text)
+    return b"POST %s HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), key.encode(), len(text), text)
 
 def traffic(n: int, m: int, count: int, seed: int, key: str, events: bool = True) -> list[bytes]:
     "Requests as they go over the line: lists, and with `events` batches of events."

@@ -246,7 +246,7 @@ class Line:
     def send(self, path: str, bodies: list, method: str = "POST") -> list: # bodies of the answers, None: it failed
         "Send many, get as many answers."
         if time.monotonic() - self.used > self.rest: self.sock.close(); self.open()
-        head, found = f"{method} {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: ", []
+        head, found = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: ", []
         for k in range(0, len(bodies), self.most):
             texts = [msgspec.json.encode(b) for b in bodies[k:k + self.most]]
             self.sock.sendall(b"".join(f"{head}{len(t)}\r\n\r\n".encode() + t for t in texts))
