@@ -136,7 +136,7 @@ def test_a_refused_version_stays_outside_and_a_withdrawn_one_too(tmp_path):
     one_line(r, "the gate refused version 20240302-", "lists: -30 %", f"{good} goes on serving")
     again = recsys(folder, "run")
     assert again.returncode == 2 and again.stdout.count("skipped") == len(STEPS) and len(releases(s)) == 1
-    assert read_json(folder/"reports"/"runs"/"2024-03-02"/"run.json")["gate"] == dict(verdict="refused", champion=good, failed=["lists"])
+    assert read_json(folder/"reports"/"runs"/"2024-03-02"/"run.json")["gate"] == dict(verdict="refused", champion=good, failed=["lists"], sentence="lists: -30 %")
     assert recsys(folder, "run", "--allow-regression").returncode == 0 and serving(s).startswith("20240302-")
     assert recsys(folder, "rollback", "--why", "as the gate said").returncode == 0 and serving(s) == good
     r = recsys(folder, "run")
