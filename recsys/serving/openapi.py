@@ -97,7 +97,7 @@ def _schemas(max_items: int) -> tuple[dict[type, dict], dict]:
 
 # %% ../../nbs/5_serving/10_openapi.ipynb #6bcf8b4d
 _MEANS = {400: "The body or an id is not as described.", 401: "No key, or an unknown one.", 403: "The key lacks the scope.", 404: "Nothing of that name.", 408: "The body came too slowly.",
-          413: "The body is too long.", 415: "Not plain JSON.", 429: "Too often, or too much at once; see retry-after.", 503: "Not now; see retry-after."}
+          413: "The body is too long.", 415: "Not plain JSON.", 421: "Asked by a name that is not this machine's, which a service without keys does not answer to.", 429: "Too often, or too much at once; see retry-after.", 503: "Not now; see retry-after."}
 
 def _json(schema: dict) -> dict: return {"application/json": {"schema": schema}}
 
@@ -105,7 +105,7 @@ def _operation(route: Route, refs: dict[type, dict], keyed: bool) -> dict:
     "A route in the words of OpenAPI; `keyed`: keys are asked for."
     content = _json(refs[route.answer]) if route.answer else {"text/plain": {"schema": {"type": "string"}}} if route.name == "metrics" else _json({"type": "object"})
     said = dict(operationId=route.name, summary=route.does, security=[{"key": [route.scope]}] if keyed and route.scope else [], parameters=[{"$ref": "#/components/parameters/x-request-id"}],
-                responses={"200": dict(description="As asked.", content=content), **{str(e): dict(description=_MEANS[e], content=_json(refs[Failure])) for e in sorted(route.errors)}})
+                responses={"200": dict(description="As asked.", content=content), **{str(e): dict(description=_MEANS[e], content=_json(refs[Failure])) for e in sorted(route.errors + (() if keyed else (421,)))}})
     if route.variable: said["parameters"].append({"name": route.variable, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1, "maxLength": 256}})
     if route.request: said["requestBody"] = dict(required=True, content=_json(refs[route.request]))
     return said
