@@ -1,17 +1,18 @@
 "The pages of the service: shown where they may be and nowhere else, under a policy that allows what they do and nothing that gets in."
-import base64, hashlib, http.client, re, time
+import base64, copy, hashlib, http.client, re, time
 
-import numpy as np, polars as pl, pytest
+import lightgbm as lgb, numpy as np, polars as pl, pytest
 from hypothesis import given, strategies as st
 
 from recsys.features.definitions import NAMES
 from recsys.operations.report import PALETTE
 from recsys.ranking.rules import Diversity, Filter, Pin, Rules
+from recsys.ranking.scorer import desk_for, item_words, trees_of
 from recsys.serving.bundle import open_bundle, promote
-from recsys.serving.engine import Engine, Request, recommend
+from recsys.serving.engine import Engine, Request, Scorer, recommend
 from recsys.serving.openapi import PAGES, document, find_route
-from recsys.serving.storefront import FILES, FOLDER, find_items, policy, read_pages, shows_pages
 from recsys.serving.refused import Refused
+from recsys.serving.storefront import FILES, FOLDER, find_items, policy, read_pages, shows_pages
 from recsys.serving.trace import DISCOUNT, USUAL, explained, supposed, trace
 from test_serving import BUDGET, PER_SOURCE, ask, publish, serving
 
@@ -110,6 +111,27 @@ def test_what_is_supposed_of_prices_and_stock_is_so_for_one_question_only(engine
     assert recommend(engine, question, "r").items == given and engine.state.item_x.tobytes() == tables
     for wrong in (({"nobody": 1.}, {}), ({}, {"nobody": 1})):
         with pytest.raises(Refused, match="no such item: nobody"): supposed(engine, *wrong)
+
+def test_the_score_follows_a_price_that_is_supposed(engines_of):
+    "With trees that ask for the discount where the shop's own ask how often an item is sold; every compiled score of the night would be another."
+    engine, asked, now = copy.copy(engines_of[0]), NAMES.index("item_share_short"), NAMES.index("item_discount")
+    text = re.sub(r"(?m)^tree_sizes=.*\n", "", engine.ranker.model_to_string())
+    def other(m):
+        columns, limits = m[1].split(), m[3].split()
+        at = [k for k, f in enumerate(columns) if int(f) == asked]
+        for k in at: columns[k], limits[k] = str(now), "0.5"
+        return f"split_feature={' '.join(columns)}{m[2]}threshold={' '.join(limits)}"
+    text = re.sub(r"(?ms)^split_feature=([^\n]*)(.*?)^threshold=([^\n]*)", other, text)
+    trees = trees_of(text, len(NAMES))
+    engine.ranker, engine.scorer, engine.handles = lgb.Booster(model_str=text), Scorer(trees, item_words(trees, np.ascontiguousarray(engine.state.item_x)), desk_for(trees)), {}
+    question, differ = Request(user_id="u3", cart=["i4"], n=20), 0
+    given = {i.item_id: i.score for i in recommend(engine, question, "r").items}
+    for times in (.01, .3, .6, .9, 1.5, 5, 50):
+        said, x = trace(supposed(engine, {i: times * float(engine.state.item_x[engine.bundle.item_codes[i], USUAL]) for i in given}, {}), question, "r")
+        np.testing.assert_allclose([p.score for p in said.items], engine.ranker.predict(x), atol=1e-5)
+        differ += sum(abs(p.score - given.get(p.item_id, p.score)) > 1e-4 for p in said.items)
+    assert differ
+    assert {i.item_id: i.score for i in recommend(engine, question, "r").items} == given
 
 def test_the_service_traces_what_it_gave_and_logs_nothing_of_it(shop):
     post = lambda path, body, **h: ask(port, path=path, body=body, headers={"content-type": "application/json", **h})
