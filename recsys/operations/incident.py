@@ -198,9 +198,10 @@ def glance_rows(reports: Path, past: Past) -> list[tuple[str, str, str, str]]:
     return rows
 
 def over_time(past: Past, days: int = 90) -> str:
-    "What happened in the newest `days` that anything did, on one axis and in words; nothing before there are two days."
-    all_seen = happenings(past, [])
-    seen = near(all_seen, all_seen[-1].day, days, 0) if all_seen else []
+    "What happened in the `days` before the newest run and the week after it, on one axis and in words; nothing before there are two days."
+    known = happenings(past, [])
+    last = max((d for r in past.runs if (d := _day(r.date))), default=known[-1].day if known else date.min) # of the data, which may be old: releases bear the day on which they were made
+    seen = near(known, last, days, 7) if known else []
     if len({h.day for h in seen}) < 2: return ""
     return axis(seen, None, "What happened, day by day").html + f"<details><summary>The same in words</summary>{happening_table(seen[::-1], '')}</details>"
 
