@@ -1,14 +1,19 @@
 "The gate's own judgement: how often it is wrong, and that no fault of a list gets past it. What it says of a whole run stands in test_run."
 import re, shutil
+from itertools import cycle
 
 import msgspec
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, strategies as st
 
+from recsys.candidates.blend import load_state
 from recsys.core.files import read_json
 from recsys.core.settings import load_settings
-from recsys.evaluation.protocol import Survey
+from recsys.evaluation.metrics import Targets, hits, ndcg
+from recsys.evaluation.protocol import Survey, _cases_of
+from recsys.features.build import day_of, read_moments
 from recsys.operations.gate import Check, accepted, case_losses, compare, difference_check, faults_of, list_checks, rule_check, slice_check, verdict_of
 from recsys.operations.alerts import listing
 from recsys.operations.cycle import _tell_gate
@@ -19,7 +24,7 @@ from recsys.ranking.rows import Cases
 from recsys.ranking.rules import Rules
 from recsys.serving.bundle import open_bundle
 from recsys.serving.dry_run import sample_requests
-from recsys.serving.engine import Engine, Request, recommend
+from recsys.serving.engine import Engine, Request, rank_cases, recommend
 from shop import ROOT
 from test_serving import BUDGET, PER_SOURCE, publish
 
@@ -142,3 +147,42 @@ def test_a_ranker_that_knows_positions_is_compared_and_a_champion_that_cannot_be
         what, = tell(dict(verdict=g.verdict, champion=g.champion, sentence=g.sentence))
         assert "NOT compared" in what
     assert tell(dict(verdict="same", champion=g.challenger, sentence="")) and not tell(dict(verdict="passed", champion=g.challenger, sentence="")), "until one is compared"
+
+def test_a_loss_counts_only_if_the_purchases_that_no_list_led_to_show_it_too(daily, tmp_path):
+    "Every other of the champion's trees says the opposite: it stays outside, whoever was shown lists, unless those whose purchases it misses bought from lists."
+    folder = shutil.copytree(daily.copy, tmp_path/"shop", symlinks=True)
+    s = load_settings(folder/"settings.ini")
+    folders = {n: folder/"data"/"steps"/f for n, f in read_json(folder/"data"/"bundles"/serving(s)/"manifest.json")["parents"].items()}
+    train, features = (shutil.copytree(folders[n], tmp_path/n) for n in ("train", "features"))
+    text = re.sub(r"(?m)^tree_sizes=.*\n", "", (train/"ranker.txt").read_text())
+    sign = cycle((1, -1))
+    (train/"ranker.txt").write_text(re.sub("(?m)^leaf_value=(.*)$", lambda m, s=sign: (by := next(s), "leaf_value=" + " ".join(str(by * float(v)) for v in m[1].split()))[1], text))
+    moments = read_moments(features)
+    lines = pl.read_parquet(features/"lines.parquet").filter(pl.col("type") == s.data.target_event)
+    newest = lines.filter(pl.col("ts") >= moments.test)
+    def judged(name, led, s=s):
+        "With lists that showed each of `led` (user, item) a minute before."
+        shown = newest.join(led, on=led.columns, how="semi").select("user", "item", ts=pl.col("ts") - 60)
+        old = pl.read_parquet(folders["features"]/"shown.parquet")
+        pl.concat([old.clear(), shown.select(pl.col(c).cast(old.schema[c]) if c in shown.columns else pl.lit(None, old.schema[c]).alias(c) for c in old.columns)]).write_parquet(features/"shown.parquet")
+        (out := tmp_path/name).mkdir()
+        g = publish_steps(folders | dict(train=train, features=features), folder/"data"/"bundles", out, s)[2]
+        return g, next(c for c in g.checks if c.name == "next basket: NDCG@5")
+    g, c = judged("nobody", newest.select("user").head(0))
+    assert g.verdict == "refused" and not c.passed and "purchases" not in c.said
+    some = newest.select("user").unique().sort("user")
+    g, c = judged("half", some[::2])
+    assert g.verdict == "refused" and not c.passed and "; purchases of people who were shown no list: -" in c.said
+    g, c = judged("all", newest.select("user", "item"))
+    assert g.verdict == "refused" and not c.passed and "too few purchases that followed no list" in c.said
+    g, c = judged("tried", newest.select("user", "item"), msgspec.structs.replace(s, release=msgspec.structs.replace(s.release, steps=("share:0.1", "all"))))
+    assert g.verdict == "passed" and c.passed and "the visitors of the release's first steps will" in c.said
+    state = load_state(features/day_of(moments.test), folders["candidates"]/day_of(moments.test))
+    cases, known = _cases_of(lines, moments, s.run.seed)
+    cases, targets = cases._replace(user=np.where(known, cases.user, -1).astype(np.int32)), Targets(cases.target_ptr, cases.target)
+    lists = [rank_cases(Engine(state, load_ranker(t/"ranker.txt"), s.candidates.per_source, s.candidates.budget), cases, 5) for t in (folders["train"], train)]
+    champion, turned = (ndcg(hits(l, targets), targets.sizes, 5) for l in lists)
+    basket = np.flatnonzero(known & ~cases.completing)
+    missed = pl.DataFrame({"user": cases.user[basket[np.argsort(turned[basket] - champion[basket])[:55]]]}, schema={"user": newest.schema["user"]})
+    g, c = judged("missed", missed)
+    assert c.passed and c.value > 0 and c.said.startswith("purchases of people who were shown no list: ") and "; all purchases: -" in c.said
