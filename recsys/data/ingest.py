@@ -15,14 +15,13 @@ from pathlib import Path
 from time import process_time
 from typing import Callable, Iterator
 
-import dataframely as dy
 import numpy as np
 import polars as pl
 
 from ..core.files import atomic_dir, digest, file_digest, scratch, write_json
 from ..core.settings import RecsysError
 from .datasets import complete_journey, journey_files
-from .events import UTC, Event, Item, Sessions, User, conform, deduplicate, first_reason, in_order, utc
+from .events import UTC, Event, Item, Sessions, User, conform, deduplicate, dy, first_reason, in_order, utc
 from .events import validate, validate_events, write_day
 from .flags import RULES, Flagger
 from .identity import Forgotten, Gone, Stitcher, conflicts

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['MOST_LEVELS', 'POSITION', 'FIRST', 'parameters', 'levels_of', 'labels_of', 'columns_of', 'as_served', 'thinned',
-           'grow', 'Fit', 'fit_both', 'fit_ranker', 'held_out', 'save_ranker', 'lightgbm_alone', 'ranker_text',
-           'load_ranker']
+           'grow', 'Fit', 'fit_both', 'fit_ranker', 'held_out', 'save_ranker', 'ranker_text', 'load_ranker']
 
 # %% ../../nbs/4_ranking/02_ranker.ipynb #5372b1ab
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..core.imports import alone
 from ..core.settings import RecsysError
 from ..features.definitions import NAMES
 from .rows import Rows, gain_of
@@ -132,17 +131,6 @@ def save_ranker(booster, path: str | Path) -> Path:
     Path(path).write_text(booster.model_to_string(), encoding="utf-8")
     return Path(path)
 
-def lightgbm_alone():
-    """The module lightgbm, without pandas and scikit-learn, which it would import for the sake of their tables and classes.
-
-    A process that only loads and asks models saves 130 MB and a second by it; nothing changes if they, or it, are there already."""
-    hidden = [] if "lightgbm" in sys.modules else [m for m in ("pandas", "sklearn") if m not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # None: not to be had
-    try: import lightgbm
-    finally:
-        for m in hidden: del sys.modules[m]
-    return lightgbm
-
 def ranker_text(path: str | Path) -> str:
     "The text of the model at `path`; `RecsysError` if it is missing or no text."
     try: return Path(path).read_text(encoding="utf-8")
@@ -151,7 +139,7 @@ def ranker_text(path: str | Path) -> str:
 
 def load_ranker(path: str | Path):
     "The booster at `path`; `RecsysError` if it is missing, broken or made for other features."
-    lgb = lightgbm_alone()
+    lgb = alone("lightgbm", "pandas", "sklearn") # of whose tables and classes a process that only asks models has no use
     try: booster = lgb.Booster(model_str=ranker_text(path))
     except lgb.basic.LightGBMError as e: raise RecsysError(f"not a LightGBM model ({e})", str(path), "train again") from None
     if tuple(booster.feature_name()) not in (NAMES, (*NAMES, POSITION)): raise RecsysError("was trained on other features than this version computes", str(path), "train again")
