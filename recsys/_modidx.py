@@ -632,7 +632,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'recsys.core.files.strike_out': ('0_core/files.html#strike_out', 'recsys/core/files.py'),
                                    'recsys.core.files.sweep': ('0_core/files.html#sweep', 'recsys/core/files.py'),
                                    'recsys.core.files.write_json': ('0_core/files.html#write_json', 'recsys/core/files.py')},
-            'recsys.core.imports': {'recsys.core.imports.alone': ('0_core/imports.html#alone', 'recsys/core/imports.py')},
+            'recsys.core.imports': {'recsys.core.imports.import_alone': ('0_core/imports.html#import_alone', 'recsys/core/imports.py')},
             'recsys.core.jobs': { 'recsys.core.jobs.clear_progress': ('0_core/jobs.html#clear_progress', 'recsys/core/jobs.py'),
                                   'recsys.core.jobs.folder_of': ('0_core/jobs.html#folder_of', 'recsys/core/jobs.py'),
                                   'recsys.core.jobs.folder_to_fill': ('0_core/jobs.html#folder_to_fill', 'recsys/core/jobs.py'),

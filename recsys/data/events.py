@@ -15,11 +15,11 @@ from pathlib import Path
 import polars as pl
 
 from ..core.files import full_disk_is_clear
-from ..core.imports import alone
+from ..core.imports import import_alone
 from ..core.settings import RecsysError
 
 # %% ../../nbs/1_data/01_events.ipynb #d1742019
-dy = alone("dataframely", "sqlalchemy", "pydantic", "pydantic_core") # which it would load into every worker
+dy = import_alone("dataframely", "sqlalchemy", "pydantic", "pydantic_core") # which it would load into every worker
 
 EVENT_TYPES = ("impression", "view", "click", "add_to_cart", "remove_from_cart", "purchase", "return", "wishlist", "search")
 UTC = pl.Datetime("us", "UTC")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.imports import alone
+from ..core.imports import import_alone
 from ..core.settings import RecsysError
 from ..features.definitions import NAMES
 from .rows import Rows, gain_of
@@ -139,7 +139,7 @@ def ranker_text(path: str | Path) -> str:
 
 def load_ranker(path: str | Path):
     "The booster at `path`; `RecsysError` if it is missing, broken or made for other features."
-    lgb = alone("lightgbm", "pandas", "sklearn") # of whose tables and classes a process that only asks models has no use
+    lgb = import_alone("lightgbm", "pandas", "sklearn") # of whose tables and classes a process that only asks models has no use
     try: booster = lgb.Booster(model_str=ranker_text(path))
     except lgb.basic.LightGBMError as e: raise RecsysError(f"not a LightGBM model ({e})", str(path), "train again") from None
     if tuple(booster.feature_name()) not in (NAMES, (*NAMES, POSITION)): raise RecsysError("was trained on other features than this version computes", str(path), "train again")
