@@ -4104,6 +4104,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'recsys/operations/runner.py'),
                                           'recsys.operations.runner.jobs_folder': ( '9_operations/runner.html#jobs_folder',
                                                                                     'recsys/operations/runner.py'),
+                                          'recsys.operations.runner.left_behind': ( '9_operations/runner.html#left_behind',
+                                                                                    'recsys/operations/runner.py'),
                                           'recsys.operations.runner.package_digest': ( '9_operations/runner.html#package_digest',
                                                                                        'recsys/operations/runner.py'),
                                           'recsys.operations.runner.package_folder': ( '9_operations/runner.html#package_folder',

@@ -95,3 +95,12 @@ def test_the_scheduler_tells_of_a_run_that_was_killed(hook, tmp_path):
     while not hook.got: assert p.poll() is None and time.monotonic() < end; time.sleep(.1)
     time.sleep(3); p.terminate()
     assert p.wait(30) == 0 and len(hook.got) == 1 and "killed by signal 9" in told(hook)[0]["what"]
+
+def test_the_next_run_tells_of_one_that_was_killed(hook, tmp_path):
+    folder = hooked(tmp_path/"shop", hook)
+    s = load_settings(folder/"settings.ini")
+    code = "import os\nfrom recsys.core.settings import load_settings\nfrom recsys.operations import cycle as c\ndef run(s, *more):\n    with c.run_lock(s.data_dir): os.kill(os.getpid(), 9)\nc.run = run\nc.cycle(load_settings())"
+    for _ in range(2): assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == -9 and not hook.got
+    assert recsys(folder, "run").returncode == 0
+    assert [t["key"] for t in told(hook)] == ["run:killed"] == open_keys(folder) and "since 2" in told(hook)[0]["what"]
+    assert recsys(folder, "run").returncode == 0 and open_keys(folder) == [] and len(hook.got) == 1

@@ -19,7 +19,7 @@ from .act import Held, check_hold, decide_failure, decision_in, decisions_file, 
 from .decisions import read_decisions
 from .gate import read_gate
 from .publish import Refused, release, still_judged
-from .runner import STEPS, Busy, fingerprints, run, run_lock
+from .runner import STEPS, Busy, fingerprints, left_behind, run, run_lock
 
 # %% ../../nbs/9_operations/05_cycle.ipynb #c40e3544
 class Regression(RecsysError):
@@ -118,12 +118,13 @@ def tell_failure(settings: Settings, error: Exception, now: datetime | None = No
         else: return alert("busy", f"{why} ({error.what})", "See whether it hangs, and end it if so; `[schedule] step_minutes` ends steps that do.")
     alert(error.where if known else type(error).__name__, f"the run failed: {error if known else f'{type(error).__name__}: {error}'}", "Repair it and run again: until then nothing new is learned or published.")
 
-def _begun(settings: Settings):
-    "A run has begun: what kept others from it has gone."
-    from recsys.operations.alerts import alerts_file, close_gone
+def _begun(settings: Settings, left: str):
+    "A run has begun: what kept others from it has gone. `left`: by one that was killed, of which people are told now; nobody else could."
+    from recsys.operations.alerts import Alert, alerts_file, close_gone, tell
     with suppress(RecsysError, OSError):
         refusals_file(settings).unlink(missing_ok=True)
-        if alerts_file(settings).exists(): close_gone(settings, "run", set())
+        if alerts_file(settings).exists(): close_gone(settings, "run", {"run:killed"} if left else set())
+        if left: tell(settings, Alert("run:killed", "critical", f"an earlier run ({left}) was killed before it ended", "This one went on from where it stopped. Find out what ended it: want of memory, a time limit, or the machine.", day=str(datetime.now(timezone.utc).date()), source="run"), datetime.now(timezone.utc))
 
 # %% ../../nbs/9_operations/05_cycle.ipynb #4156deae
 def parse_date(text: str) -> str:
@@ -176,12 +177,13 @@ def cycle(settings: Settings, date: str = "", allow_regression: bool = False, sa
     def in_force(step, folder): return step.name not in checks or checks[step.name](folder)
     def after(records):
         released.append(release(Path(records["publish"]["folder"]), settings, f"run of {date or 'the end of the data'}", allow_regression and not late))
+    left = left_behind(settings.data_dir)
     try: run(settings, date, records, say, gate, in_force, after)
     except Exception as e: error = e
     if not records and error:
         if not late: tell_failure(settings, error)
         raise error
-    _begun(settings)
+    _begun(settings, left)
     if not date and "folder" in records.get("ingest", {}): released += _advanced(settings, records["ingest"]["folder"]) + _reshared(settings, records["ingest"]["folder"])
     figures = _figures(records)
     if error and ("decision" not in figures or not isinstance(error, (Held, Regression, Refused))): figures |= _failed(settings, records, error, date)

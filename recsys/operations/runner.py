@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'PASSING', 'Step', 'jobs_folder', 'package_folder', 'steps_folder', 'bundles_folder', 'declared_parameters',
-           'checked_parameters', 'fingerprint', 'Transient', 'execute', 'run_step', 'Busy', 'run_lock', 'served_digest',
-           'plan', 'copy_pages', 'remove', 'do_step', 'retried', 'package_digest', 'fingerprints', 'write_manifest',
-           'run', 'prune', 'prune_pages', 'run_job']
+           'checked_parameters', 'fingerprint', 'Transient', 'execute', 'run_step', 'Busy', 'run_lock', 'left_behind',
+           'served_digest', 'plan', 'copy_pages', 'remove', 'do_step', 'retried', 'package_digest', 'fingerprints',
+           'write_manifest', 'run', 'prune', 'prune_pages', 'run_job']
 
 # %% ../../nbs/9_operations/04_runner.ipynb #68cef437
 import fcntl, json, os, platform, shutil, threading, time
@@ -212,15 +212,25 @@ class Busy(RecsysError):
 
 @contextmanager
 def run_lock(data: Path):
-    "Hold the data folder; `Busy` if another run does."
+    "Hold the data folder; `Busy` if another run does. Its file says who, and is emptied by whoever lets go: a process that was killed does not."
     with full_disk_is_clear(data): data.mkdir(parents=True, exist_ok=True)
     with (data/".lock").open("a+") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             f.seek(0)
             raise Busy(f"another run ({f.read().strip() or 'unknown process'}) is at work", str(data), "wait for it to end") from None
-        f.truncate(0); f.write(f"process {os.getpid()}"); f.flush()
-        yield
+        f.truncate(0); f.write(f"process {os.getpid()}, since {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"); f.flush()
+        try: yield
+        finally: f.truncate(0)
+
+def left_behind(data: Path) -> str:
+    "What is written in the lock of a run that was killed; empty where there is none, or a run is at work."
+    try: f = (data/".lock").open()
+    except OSError: return ""
+    with f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError: return ""
+        return f.read().strip()
 
 # %% ../../nbs/9_operations/04_runner.ipynb #6072ebc4
 def served_digest(data_dir: Path, moment: str) -> str:
