@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from ..core.settings import RecsysError
 from .statistics import (SAMPLE, Counts, Frozen, Table, UNIT, Window, chi2, coarse, coarsen, coarser, columns_of, count, exact_distances,
                                           family, freeze, how_many, independent_family, jensen_shannon, kind_of, ks, measure, numbers_of, pool_rare, psi,
-                                          regroup, scale_of, shares, wasserstein)
+                                          regroup, shares, wasserstein)
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #81cca53d
 SCHEMA = 2   # of the JSON; raised when a field changes its meaning or goes away
@@ -321,6 +321,7 @@ class Profile(Struct):
 
 def profile_of(reference: "Table | pl.DataFrame", unit: str | None = None, also: list = (), buckets: int = 64, edges: int = 1023, top: int = 1000) -> Profile:
     "Freeze and count a reference; the parameters are those of `freeze`."
+    reference = (reference if isinstance(reference, Table) else Table(reference)).held()
     frozen = freeze(reference, unit, also, edges, top, buckets)
     return Profile(frozen, measure(reference, frozen, unit, buckets), unit, buckets)
 
@@ -357,13 +358,13 @@ def compared(profile: Profile, current: Window, past: list[Window], plan: Plan, 
         found.append(column)
     return found
 
-def make_exact(columns: list[Column], reference: Table, current: Table):
+def make_exact(columns: list[Column], frozen: dict[str, Frozen], reference: Table, current: Table):
     "Replace distances on cells by those of the values themselves, column by column."
     for c in columns:
         if c.ks is None or c.name not in reference.schema: continue
         a, b = numbers_of(reference.column(c.name)), numbers_of(current.column(c.name))
         gap, area = exact_distances(a, b)
-        scale = scale_of(a)
+        scale = frozen[c.name].scale # of all values, as there are few
         c.ks, c.wasserstein, c.exact = _num(gap), _num(area / scale) if scale > 0 else None, True
 
 # %% ../../nbs/7_monitoring/02_drift.ipynb #ab60a2f7
@@ -397,7 +398,7 @@ def judge(profile: Profile, now: Window, before: list[Window], plan: Plan, min_u
         odd = {x.name for x in found}
         with threadpool_limits(1, "blas"):                  # products of 64 by 64: a second thread would only wait, and burn
             found += (comparable := compared(profile, now, before, plan, [c for c in kinds if c not in odd], short, base, news))
-        if len(tables) == 2 and max(rows.values()) <= SAMPLE: make_exact(comparable, *tables)
+        if len(tables) == 2 and max(rows.values()) <= SAMPLE: make_exact(comparable, profile.frozen, *tables)
     found.sort(key=lambda c: (VERDICTS.index(c.verdict), -c.severity, c.name))
     alarm = any(c.verdict == "material" for c in found)
     numbers = dict(alpha=plan.alpha, permutations=plan.permutations, seed=plan.seed, resamples=plan.resamples, buckets=plan.buckets, min_units=min_units)
