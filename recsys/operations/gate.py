@@ -101,10 +101,10 @@ def unfollowed(lines: pl.DataFrame, # user, item, ts (epoch s), …
                on: tuple[str, ...] = ("user", "item"), # what must agree; ("user",): a list of anything
                ) -> pl.DataFrame:   # `lines` without those from `since` on whose item their user had been shown
     "The lines that followed no list of ours."
-    numbered = lines.with_row_index("line")
-    pairs = numbered.filter(pl.col("ts") >= since).join(shown.select(*on, seen="ts").unique(), on=on)
-    followed = pairs.filter((pl.col("ts") - pl.col("seen")).is_between(0, 60 * minutes))
-    return numbered.join(followed.select("line").unique(), on="line", how="anti", maintain_order="left").drop("line")
+    seen = shown.select(*on, "ts", seen="ts").sort("ts")     # the last one before a line is enough to know
+    last = lines.with_row_index("line").sort("ts").join_asof(seen, on="ts", by=on, check_sortedness=False)
+    followed = (pl.col("ts") >= since) & (pl.col("ts") - pl.col("seen") <= 60 * minutes)
+    return last.filter(~followed.fill_null(False)).sort("line").select(lines.columns)
 
 RESTS = {("user",): "of people who were shown no list", ("user", "item"): "that followed no list"}
 
