@@ -202,8 +202,13 @@ class Table:
             begin += rows
 
     def held(self) -> "Table":
-        "Itself, read into memory at once where that takes little: of a reference each number is wanted three times."
-        if self.frame is None and 0 < self.rows * len(self.schema) * 10 <= HELD: self.frame = pl.concat([f for _, f in self.batches(list(self.schema))])
+        "Itself, read into memory where that takes little: of a reference each number is wanted three times."
+        if self.frame is not None or self.rows > SAMPLE or any(kind_of(t) == "other" for t in self.schema.values()): return self # who knows how large a blob is
+        parts = []
+        for _, part in self.batches(list(self.schema)):
+            parts.append(part)
+            if sum(p.estimated_size() for p in parts) * self.rows > HELD * max(1, sum(p.height for p in parts)): return self
+        if parts: self.frame = pl.concat(parts)
         return self
 
     def column(self, name: str) -> pl.Series:
