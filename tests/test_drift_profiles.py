@@ -73,6 +73,17 @@ def test_exact_distances_are_scipys(a, b):
     assert area == pytest.approx(stats.wasserstein_distance(a, b), rel=1e-12, abs=1e-9 * 1e-3)
 
 
+endless = st.lists(st.one_of(st.integers(-3, 3).map(float), st.sampled_from([np.inf, -np.inf])), min_size=1, max_size=30)
+
+@settings(max_examples=60, deadline=None)
+@given(endless, endless)
+def test_infinite_values_count_for_ks_alone(a, b):
+    at = np.unique(a + b)
+    gap = np.abs(np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b))
+    finite = np.isfinite(at[:-1]) & np.isfinite(at[1:])
+    ks, area = ms.exact_distances(np.array(a), np.array(b))
+    assert ks == pytest.approx(gap.max(), abs=1e-12) and area == pytest.approx((gap[:-1][finite] * (at[1:][finite] - at[:-1][finite])).sum(), abs=1e-12)
+
 def test_a_report_of_small_tables_is_exact():
     rng = np.random.default_rng(1)
     a, b = (pl.DataFrame({"x": rng.lognormal(0, 1.5, n), "t": rng.standard_t(3, n), "c": np.minimum(rng.zipf(1.5, n), 60).astype(str)}) for n in (30_000, 12_000))
