@@ -3,7 +3,7 @@ import csv, os, re, subprocess, sys, time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-import numpy as np
+import numpy as np, psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 START, DAYS = datetime(2024, 1, 1, tzinfo=timezone.utc), 120
@@ -11,6 +11,16 @@ COMMAND = str(Path(sys.executable).parent/"recsys")  # the installed script
 SMALL = dict(test_days=14, validation_days=14, snapshots=2, snapshot_gap_days=14, trees=30, early_stopping_rounds=10, negatives=20, min_rows_in_leaf=20,
              neighbours=10, per_source=30, budget=60, segments=2, dimensions=8, history_items=50, recent_items=10, min_events=3, examples=20000, batch_size=256,
              bootstrap_samples=200, permutations=199, shap_rows=300, windows_days="7, 14, 30")
+
+def ended(pid: int) -> bool:
+    "Whether this process runs no more; it may be gone between two questions about it."
+    try: return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return True
+
+def words(process: psutil.Process) -> str:
+    "Its command; nothing of one that has ended, whom nobody asked for its status yet."
+    try: return " ".join(process.cmdline())
+    except psutil.Error: return ""
 
 def events(seed: int = 0, users: int = 90, items: int = 60, days: int = DAYS) -> list[dict]:
     "Visits of people who have a few things that they buy again and again, and otherwise take what is popular."

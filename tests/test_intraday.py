@@ -23,7 +23,7 @@ from recsys.serving.intraday import Keeper, category_rows, day_of_night, day_ver
 from recsys.serving.live_items import Change, Item, newer, said, stamped
 from recsys.serving.service import Service, ask, put, start
 from recsys.serving.state import LocalStore
-from shop import until
+from shop import ended, until, words
 from test_serving import BUDGET, N_ITEMS, PER_SOURCE, publish as plain_bundle, serving, tables, workers_of
 from test_serving import ask as http_ask
 
@@ -212,11 +212,6 @@ def listed(port, **request):
     got = http_ask(port, body=request)[2]
     return [s["item_id"] for s in got["items"]], got["model_version"]
 
-def words(process):
-    "Its command; nothing of one that has ended, whom nobody asked for its status yet."
-    try: return " ".join(process.cmdline())
-    except psutil.Error: return ""
-
 def keepers(pid): return [c for c in psutil.Process(pid).children() if "intraday" in words(c)]
 
 def hammer(port, stop, answers, failures):
@@ -270,7 +265,7 @@ def test_an_item_that_is_put_is_in_the_lists_of_all_workers_within_a_minute(tmp_
     with serving(tmp_path) as (process, port):
         until(lambda: listed(port, filter=dict(category=["A > noon"]))[0] == ["new"])
         keeper, = until(lambda: keepers(process.pid)); process.kill()
-        until(lambda: not keeper.is_running() or keeper.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: ended(keeper.pid))
 
 def test_a_stream_of_changes_costs_few_versions(shop, tmp_path):
     s = load_settings()

@@ -9,7 +9,7 @@ from recsys.core.files import read_json
 from recsys.core.settings import RecsysError
 from recsys.operations.cli import parser
 from recsys.operations.schedule import ENDS, trigger_of
-from shop import COMMAND, ROOT, recsys
+from shop import COMMAND, ROOT, ended, recsys
 from test_run import one_line
 from toy import make_toy, one_more_event
 
@@ -38,7 +38,7 @@ class Scheduled:
         self.process.terminate()
         assert self.process.wait(60) == 0
         self.reader.join()
-        assert not [p for p in psutil.wait_procs(children, 10)[1] if p.status() != psutil.STATUS_ZOMBIE], "nobody is left behind"
+        assert all(ended(p.pid) for p in psutil.wait_procs(children, 10)[1]), "nobody is left behind"
         return time.monotonic() - start
 
 def test_it_survives_a_failure_runs_again_and_stops_in_the_middle_of_a_run(tmp_path):

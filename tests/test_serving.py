@@ -25,6 +25,7 @@ from recsys.serving.bundle import current_bundle, open_bundle, promote, verify_b
 from recsys.serving.engine import Engine, Request, rank_cases, recommend
 from recsys.serving.openapi import decoders_for
 from recsys.serving.refused import Refused
+from shop import ended, words
 
 N_ITEMS, N_USERS, PER_SOURCE, BUDGET = 60, 20, 12, 30
 
@@ -559,13 +560,11 @@ def test_damaged_bundles_do_not_start(shop, tmp_path):
 def gone(pid, seconds=15):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE: return True
+        if ended(pid): return True
         time.sleep(.05)
     return False
 
-def workers_of(pid):
-    alive = [c for c in psutil.Process(pid).children() if c.status() != psutil.STATUS_ZOMBIE]
-    return [c.pid for c in alive if "spawn_main" in " ".join(c.cmdline())]
+def workers_of(pid): return [c.pid for c in psutil.Process(pid).children() if "spawn_main" in words(c)]
 
 def test_sigterm_ends_it_cleanly_and_a_dead_worker_is_replaced(shop):
     with serving(shop, workers=2) as (process, port):

@@ -1,6 +1,6 @@
 "The offline path on Apache Spark: on this machine and on a cluster of a master and two workers, with polars' numbers; and what is said when there is none."
 import hashlib, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ from recsys.data.events import Sessions, conform
 from recsys.data.ingest import ingest
 from recsys.data.simulator import simulate
 from recsys.features.offline import PRIME, _chance, codes, log_of, with_seconds, with_sessions
+from shop import ended
 
 ROOT = Path(__file__).resolve().parent.parent
 DAY = 86400
@@ -302,7 +303,8 @@ class Cluster:
     def stop(self):
         "End the processes and what they started."
         family = [q for p in self.processes if p.is_running() for q in (*p.children(recursive=True), p)]
-        for p in family: p.terminate()
+        for p in family:
+            with suppress(psutil.NoSuchProcess): p.terminate()  # an executor goes with its worker
         for p in psutil.wait_procs(family, timeout=20)[1]: p.kill()
 
 @pytest.fixture(scope="class")
@@ -310,7 +312,7 @@ def cluster(tmp_path_factory):
     c = Cluster(tmp_path_factory.mktemp("cluster"))
     yield c
     c.stop()
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in c.processes)
+    assert all(ended(p.pid) for p in c.processes)
 
 @needs_spark
 class TestOnACluster:
