@@ -161,6 +161,11 @@ def test_made_up_times(tmp_path):
     assert [(t - TS).total_seconds() for t in df["ts"]] == [0, .5, 1, 100] and df["item_id"].to_list() == ["5", "6", "5", "7"]
     assert df["row"].to_list() == [1, 1, 1, 2] and df["event_id"].n_unique() == 4
 
+def test_made_up_times_that_end_together(tmp_path):
+    pl.DataFrame(dict(user=[1, 2, 3, 4], items=[[5, 6, 5], [7], [], None])).write_parquet(tmp_path/"a.parquet")
+    df = events(tmp_path, "[events]\npath = 'a.parquet'\nlike = 'sequences'\nclock = {start = '2026-03-02T10:00:00Z', per_step = 60, ends = true}\n").filter(pl.col("item_id").is_not_null())
+    assert [(t - TS).total_seconds() for t in df["ts"]] == [-120, -60, 0, 0] and df["item_id"].to_list() == ["5", "6", "5", "7"]
+
 def test_whole_decimals_are_ids(tmp_path):
     pl.DataFrame(dict(event_type="view", ts=TS, item_id="i", visitor_id=[17850.0, None, 1.5, 2.0**60])).write_parquet(tmp_path/"a.parquet")
     df = events(tmp_path, "[events]\npath = 'a.parquet'\n")

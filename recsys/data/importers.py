@@ -64,14 +64,14 @@ class _Columns:
     "What the columns of a frame can be asked for: `columns[spec]` is an expression and its type, or None."
     def __init__(self, schema: pl.Schema, name: str, explode: str | None = None):
         self.schema, self.name = dict(schema), name
-        if explode and isinstance(inner := self.schema.get(explode), pl.List): self.schema |= {explode: inner.inner, "_step": pl.Int64()}
+        if explode and isinstance(inner := self.schema.get(explode), pl.List): self.schema |= {explode: inner.inner, "_step": pl.Int64(), "_back": pl.Int64()}
 
     def names(self) -> list[str]:
         "All names that a mapping may use, those inside records with dots; * is for the keys of a list of keys and values."
         def inside(n, dtype):
             if inner := _keyed(dtype): return [n, *inside(f"{n}.*", inner)]
             return [n, *(x for f in (dtype.fields if dtype == pl.Struct else []) for x in inside(f"{n}.{f.name}", f.dtype))]
-        return [x for c, t in self.schema.items() if c not in ("row", "_problem", "_line", "_odd", "_step") for x in inside(c, t)]
+        return [x for c, t in self.schema.items() if c not in ("row", "_problem", "_line", "_odd", "_step", "_back") for x in inside(c, t)]
 
 # %% ../../nbs/1_data/07_importers.ipynb #1f5df326
 def _step_in(x: pl.Expr, dtype: pl.DataType, name: str) -> tuple[pl.Expr, pl.DataType, str] | None:
@@ -189,11 +189,11 @@ def _rows(raw: pl.LazyFrame, t: MappedTable, name: str, strict: bool = True) -> 
     if t.where: raw = raw.filter(_rule(_Columns(schema, name), t.where, strict))
     if not t.explode: return raw
     if isinstance(schema.get(t.explode), pl.List):
-        steps = pl.int_ranges(pl.col(t.explode).list.len().fill_null(0))
-        return raw.with_columns(_step=steps).explode(t.explode, "_step", empty_as_null=True)
+        n = pl.col(t.explode).list.len().fill_null(0).cast(pl.Int64)
+        return raw.with_columns(_step=pl.int_ranges(n), _back=pl.int_ranges(1 - n, 1)).explode(t.explode, "_step", "_back", empty_as_null=True)
     if strict or not (schema.get(t.explode) in (None, pl.Null)):
         raise RecsysError(f"no column '{t.explode}' with lists (to explode)", name, f"it has: {_shown(_Columns(schema, name).names())}")
-    return raw.with_columns(_step=pl.lit(None, pl.Int64))
+    return raw.with_columns(_step=pl.lit(None, pl.Int64), _back=pl.lit(None, pl.Int64))
 
 # %% ../../nbs/1_data/07_importers.ipynb #aba00c4e
 def _trimmed(raw: pl.Expr, dtype: pl.DataType, limit: int) -> tuple[pl.Expr, pl.DataType]:
@@ -263,7 +263,7 @@ def _clocked(ts: pl.Expr | None, t: MappedTable, columns: _Columns, name: str) -
     c = t.clock
     if ts is None and c.start is None: raise RecsysError("a clock without a start", name, "say clock = {start = \"2000-01-01\"}, or map ts")
     if c.start: ts = _constant("ts", c.start, "events", t)
-    step = columns[c.step or "_step"]
+    step = columns[c.step or ("_back" if c.ends else "_step")]
     if step is None and (c.step or c.per_step):
         raise RecsysError(f"no column '{c.step or 'of a list'}' (in clock)", name, f"it has: {_shown(columns.names())}")
     steps = step[0].cast(pl.Float64, strict=False) * c.per_step if step else pl.lit(0.0)

@@ -31,6 +31,7 @@ class Clock(Struct, forbid_unknown_fields=True):
     per_row: float = 0       # seconds for each row of the file before
     per_step: float = 0      # seconds for each step
     step: str | None = None  # the column that counts steps; None: the place in the exploded list, from 0
+    ends: bool = False       # lists end at the time instead of beginning there: their steps count back from the last
 
 class Tree(Struct, forbid_unknown_fields=True):
     "A CSV table of categories and their parents."

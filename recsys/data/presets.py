@@ -122,7 +122,7 @@ PRESETS |= dict(
         clock=dict(start="2000-01-01", per_row=60, per_step=1),
         columns=dict(visitor_id="session", session_id="session", item_id="items"))),
     sequences=dict(
-        events=dict(explode="items", constants=dict(event_type="purchase"), clock=dict(start="2000-01-01", per_step=86400),
+        events=dict(explode="items", constants=dict(event_type="purchase"), clock=dict(start="2000-01-01", per_step=86400, ends=True),
             columns=dict(visitor_id="user", user_id="user", item_id="items")),
         items=dict(columns=dict(item_id="item", attributes=["attributes"]))))
 
