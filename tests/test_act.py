@@ -141,7 +141,7 @@ verdicts = st.sampled_from(["stable", "moved but immaterial", "material", "not e
 number = st.one_of(st.none(), st.floats(-1e9, 1e9), st.just(float("nan")), st.just(float("inf")))
 columns = st.builds(dict, name=st.sampled_from(["price", "score", "a.b", "ü", "x:y"]), verdict=verdicts, effect_name=st.sampled_from(["psi", "missing", "unseen", "wasserstein", ""]),
                     effect=number, limit=number, severity=st.floats(0, 100), note=st.sampled_from(["", "gone: the current window has no such column"]))
-shares = st.builds(lambda n, b, a, c: dict(name=n, share_before=b, share_after=a, collapsed=c), st.sampled_from("pqr"), st.floats(0, 1), st.floats(0, 1), st.booleans())
+shares = st.builds(lambda n, b, a, c: dict(name=n, share_before=b, share_least=b, share_after=a, collapsed=c), st.sampled_from("pqr"), st.floats(0, 1), st.floats(0, 1), st.booleans())
 reports = st.builds(lambda c, w, a, s, n, lists: dict(comparison=dict(columns=c), weeks=dict(events=dict(comparison=dict(columns=w)), served=None), attribution=list({x["name"]: x for x in a}.values()),
     attribution_segments=s, attribution_ndcg=n, lists=dict(alarm=lists, sentence="x"), concept=[dict(kind="click", drift=None, performance=[])], skew=[], business=dict(figures=[], health=[])),
     st.lists(columns, max_size=4), st.lists(columns, max_size=4), st.lists(shares, max_size=3), st.lists(st.builds(dict, segment=st.just("home"), collapsed=st.lists(st.sampled_from("pqr"), max_size=2)), max_size=2),

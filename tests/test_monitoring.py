@@ -373,6 +373,21 @@ def test_trend_and_segments(model):
     json.dumps([trend, found, few, gone], allow_nan=False)
 
 
+def test_what_was_so_low_before_has_not_collapsed(model):
+    "A share that fell as low on an ordinary day, everywhere or in a segment, is no news; a segment without a past is not judged."
+    booster, X = model
+    names, rng, broken = list("abcde"), np.random.default_rng(5), X[3000:].copy()
+    broken[:, 1] = np.nan
+    full, also, empty = (at.shap_values(booster, x) for x in (X[:1000], X[1000:2000], broken))
+    fallen = lambda past: [d["name"] for d in at.attribution_drift(full, empty, names, past=past) if d["collapsed"]]
+    assert fallen(()) == fallen([also]) == fallen([also, full]) == ["b"] and fallen([also, empty]) == []
+    kinds = rng.integers(0, 2, 1000)
+    parts = lambda past: {f["segment"]: (f["judged"], f["collapsed"]) for f in at.attribution_by_segment(full, empty, names, (kinds, kinds), past=past)}
+    assert parts(()) == parts([(also, kinds)]) == dict.fromkeys("01", (True, ["b"]))
+    assert parts([(also, kinds), (empty[kinds == 1], kinds[kinds == 1])]) == {"0": (True, ["b"]), "1": (True, [])}
+    assert parts([(also[kinds == 1], kinds[kinds == 1])]) == {"0": (False, []), "1": (True, ["b"])}
+
+
 def test_segments_cry_wolf_seldom(model):
     "No drift, 12 segments: over 40 reports hardly a change whose interval leaves out zero counts as a collapse."
     booster, X = model

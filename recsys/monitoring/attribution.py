@@ -52,21 +52,22 @@ def attribution_drift(reference: np.ndarray,             # SHAP values [n, featu
                       resamples: int = 400,              # bootstrap samples
                       buckets: int = 64,                 # of units
                       seed: int = 0,                     # of the bootstrap
+                      past: tuple = (),                  # SHAP values of ordinary windows [any, features]: what a share may fall to without a fault
                      ) -> list[dict]:                    # a record per feature, the largest share before first
-    "How the features' shares of mean |SHAP| changed: share, rank, change, each with bootstrap intervals, and whether a share collapsed."
+    "How the features' shares of mean |SHAP| changed: share, rank, change, each with bootstrap intervals, the least share of the reference and the past windows, and whether a share collapsed."
     _shapes(reference, current, names)
     w = draws(resamples, buckets, seed)
     before, after = (shap_shares(w @ bucket_sums(v, b, buckets)) for v, b in ((reference, reference_units), (current, current_units)))
     edge = [(1 - level) / 2, (1 + level) / 2]
     low, high = (np.stack(x) for x in zip(*(np.quantile(v[1:], edge, axis=0) for v in (before, after, after - before))))
-    rank, found = (ranks(before[0]), ranks(after[0])), []
+    rank, found, least = (ranks(before[0]), ranks(after[0])), [], np.min([before[0], *(shap_shares(np.abs(v).sum(0)) for v in past)], axis=0)
     for j, name in enumerate(names):
         b, a = before[0, j], after[0, j]
         found.append(dict(name=name, share_before=b, share_before_low=low[0, j], share_before_high=high[0, j],
                           share_after=a, share_after_low=low[1, j], share_after_high=high[1, j],
                           share_delta=a - b, share_delta_low=low[2, j], share_delta_high=high[2, j],
-                          rank_before=int(rank[0][j]), rank_after=int(rank[1][j]),
-                          collapsed=bool(b > 0 and a < b * (1 - fall) and high[2, j] < 0)))
+                          rank_before=int(rank[0][j]), rank_after=int(rank[1][j]), share_least=least[j],
+                          collapsed=bool(a < least[j] * (1 - fall) and high[2, j] < 0)))
     plain = ({k: float(v) if isinstance(v, np.floating) else v for k, v in f.items()} for f in found)
     return sorted(plain, key=lambda f: (f["rank_before"], f["name"]))
 
@@ -117,6 +118,7 @@ def attribution_by_segment(reference: np.ndarray,   # SHAP values [n, features]
                            units: tuple = (None, None), # ids of the rows' units: ([n], [m])
                            level: float = .99,      # over all segments together
                            least: int = 50,         # units, or rows without any, that a segment needs in both windows
+                          past: tuple = (),        # ordinary windows: (SHAP values [any, features], segments of the rows)
                           ) -> list[dict]:          # segment, rows_before, rows_after, judged, ndcg, collapsed (names), and the largest change: name, share_delta
     "Attribution drift within each segment, the one with a collapse or the lowest NDCG first."
     kinds, rows = [np.array([str(v) for v in s]) for s in segments], (reference, current)
@@ -125,9 +127,10 @@ def attribution_by_segment(reference: np.ndarray,   # SHAP values [n, features]
         at = [np.flatnonzero(k == s) for k in kinds]
         ids = [None if u is None else np.asarray(u)[i] for u, i in zip(units, at)]
         many = min(len(i) if u is None else len(np.unique(u)) for u, i in zip(ids, at))
-        record = dict(segment=s, rows_before=len(at[0]), rows_after=len(at[1]), judged=many >= least, ndcg=None, collapsed=[], name=None, share_delta=None)
+        usual = [v for v in (v[np.array([str(k) for k in kind]) == s] for v, kind in past) if len(v) >= least]
+        record = dict(segment=s, rows_before=len(at[0]), rows_after=len(at[1]), judged=many >= least and bool(usual or not past), ndcg=None, collapsed=[], name=None, share_delta=None)
         if record["judged"]:
-            drift = attribution_drift(rows[0][at[0]], rows[1][at[1]], names, *ids, level=1 - (1 - level) / len(every))
+            drift = attribution_drift(rows[0][at[0]], rows[1][at[1]], names, *ids, level=1 - (1 - level) / len(every), past=usual)
             most = max(drift, key=lambda d: abs(d["share_delta"]))
             record |= dict(ndcg=ndcg([d["share_before"] for d in drift], [d["share_after"] for d in drift]),
                            collapsed=collapses(drift), name=most["name"], share_delta=most["share_delta"])

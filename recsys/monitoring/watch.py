@@ -141,13 +141,13 @@ def watch_run(features: str | Path, candidates: str | Path, trained: str | Path,
     *before, then, now = (window_frame(*rows, days) for rows, days in zip((*past, reference, current), passed))
     found, causes = compared_windows(then, now, before, plan_of(settings, "user"))
     step("distributions")
-    *earlier, (xr, ur), (xc, uc) = (sampled(x, u, d.shap_rows, settings.run.seed) for x, _, u in (*past, reference, current))
+    *earlier, (xr, ur), (xc, uc) = [sampled(x, u, d.shap_rows, settings.run.seed) for x, _, u in (*past, reference, current)]
     explain = lambda x: shap_values(ranker, as_served(ranker, x))[:, :len(NAMES)]   # a position is the same for all
-    before, after = explain(xr), explain(xc)
-    attribution = attribution_drift(before, after, list(NAMES), ur, uc, seed=settings.run.seed)
-    segments = attribution_by_segment(before, after, list(NAMES), (source_of(xr), source_of(xc)), (ur, uc))
+    *usual, before, after = map(explain, (*(x for x, _ in earlier), xr, xc))
+    attribution = attribution_drift(before, after, list(NAMES), ur, uc, seed=settings.run.seed, past=[v for v in usual if len(v)])
+    segments = attribution_by_segment(before, after, list(NAMES), (source_of(xr), source_of(xc)), (ur, uc), past=[(v, source_of(x)) for v, (x, _) in zip(usual, earlier)])
     labels = [day_of(m) for m in (*moments.training, moments.validation, moments.test, moments.now)]
-    windows = {n: (v, u) for n, v, u in zip(labels, [*(explain(x) for x, _ in earlier), before, after], [*(u for _, u in earlier), ur, uc]) if len(v)}
+    windows = {n: (v, u) for n, v, u in zip(labels, [*usual, before, after], [*(u for _, u in earlier), ur, uc]) if len(v)}
     trend = attribution_trend({n: v for n, (v, _) in windows.items()}, list(NAMES), {n: u for n, (_, u) in windows.items()}, seed=settings.run.seed)
     top = {a["name"] for a in attribution[:TREND]}
     step("attributions")

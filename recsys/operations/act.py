@@ -46,7 +46,7 @@ def _number(x) -> float:
 def attribution_findings(said: dict, day: str, page: str) -> list[Finding]:
     "Findings about what the scores rest on."
     share = {a["name"]: a for a in said["attribution"]}
-    found = [Finding("attribution", n, "critical", _number(share[n]["share_after"]), _number(share[n]["share_before"] / 2), day, page,
+    found = [Finding("attribution", n, "critical", _number(share[n]["share_after"]), _number(share[n]["share_least"] / 2), day, page,
                      f"the model has stopped listening to {n} ({share[n]['share_before']:.0%} of the attribution, now {share[n]['share_after']:.0%})") for n in collapses(said["attribution"])]
     for s in said["attribution_segments"]:
         found += [Finding("attribution", f"{n} where {s['segment']}", "critical", 0., .5, day, page, f"the model has stopped listening to {n} where {s['segment']}") for n in s["collapsed"] if n not in {f.where for f in found}]
