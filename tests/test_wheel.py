@@ -70,6 +70,14 @@ def test_the_installed_command_answers_in_any_folder(bare, tmp_path):
     assert str(bare.parent) in where.stdout, where.stdout + where.stderr
     said = call(bare/"recsys", "--help", cwd=tmp_path)
     assert said.returncode == 0 and "recommend" in said.stdout, said.stderr
+    for what, read in (("rules", "from recsys.ranking.rules import read_rules as read"), ("experiments", "from recsys.serving.assignment import read_experiments as read")):
+        example = call(bare/"recsys", "example", what, cwd=tmp_path)
+        (tmp_path/"example.toml").write_text(example.stdout)
+        found = call(bare/"python", "-c", f"{read}; print(read('example.toml'))", cwd=tmp_path)
+        assert example.returncode == found.returncode == 0 and example.stdout.count("\n") > 20 and what in found.stdout.lower(), example.stderr + found.stderr
+        (tmp_path/"example.toml").write_text("nonsense = 1")
+        wrong = call(bare/"python", "-c", f"from recsys.core.settings import RecsysError\n{read}\ntry: read('example.toml')\nexcept RecsysError as e: print(e)", cwd=tmp_path)
+        assert f"recsys example {what}" in wrong.stdout, wrong.stdout + wrong.stderr
     lost = call(bare/"recsys", "run", cwd=tmp_path)
     assert lost.returncode == 1 and "recsys init" in lost.stderr and len(lost.stderr.strip().splitlines()) == 1
 

@@ -85,5 +85,5 @@ def gate_rows(places: list[Place], shown: list[str | None], reward: np.ndarray) 
 def gate_of(engine: Engine, data_dir: str | Path, events: pl.LazyFrame, minutes: int, moment: datetime, days: float = 28, margin: float = .05) -> Gate:
     "May the `engine`'s version be tested? From what was explored in the `days` before `moment`."
     places, asked = explored(data_dir, utc(moment) - timedelta(days=days))
-    if not places: raise RecsysError("nothing was explored", str(data_dir), "write [exploration] into the rules (see nbs/4_ranking/06_rules.ipynb) and wait for some days")
+    if not places: raise RecsysError("nothing was explored", str(data_dir), "write [exploration] into the rules (`recsys example rules` shows how) and wait for some days")
     return gate(gate_rows(places, would_show(engine, asked, places), clicked(places, events, minutes, moment)), margin)

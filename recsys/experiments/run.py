@@ -26,7 +26,7 @@ from ..serving.variants import RELEASE, all_experiments
 def experiments_of(settings: Settings) -> Experiments:
     "The experiments of the file that the settings name, and a release to some."
     file, release = settings.resolve(settings.experiments.file) if settings.experiments.file else None, settings.data_dir/RELEASE
-    if not file and not release.exists(): raise RecsysError("no experiment file is named", f"{settings.file} [experiments] file", "write its path there; nbs/5_serving/17_assignment.ipynb has an example")
+    if not file and not release.exists(): raise RecsysError("no experiment file is named", f"{settings.file} [experiments] file", "write its path there; `recsys example experiments` prints one")
     return all_experiments(file, release)
 
 def experiment_of(settings: Settings, name: str) -> Experiment:

@@ -105,18 +105,30 @@ def _shown(found, caption: str):
 def _without_ranker(made):
     "Run the cycle up to the candidates, and print what they propose."
     from pathlib import Path
-    from recsys.operations.init import next_items, quick
+    from recsys.operations.init import quick
     from recsys.operations.runner import STEPS, run
     with quick(made, ranker=dict(snapshots=1)) as s, _Steps() as steps: done = run(s, say=steps.say, steps=STEPS[:4])
-    cart, found = next_items(s, {n: Path(r["folder"]) for n, r in done.items()})
+    _went_on(s, {n: Path(r["folder"]) for n, r in done.items()})
+
+def _went_on(s, folders):
+    "Print what the candidates propose after what somebody had."
+    from recsys.operations.init import next_items
+    cart, found = next_items(s, folders)
     _shown(found, f"what others went on with after {', '.join(cart) or 'nothing'}: a quick look, without a ranker, and not published")
 
 def _first_list(made):
     "Run a quick cycle, and print a list for somebody."
     import os
+    from recsys.core.jobs import folder_of
+    from recsys.operations.act import Held
     from recsys.operations.cycle import cycle
     from recsys.operations.init import quick, regular
-    with quick(made) as s, _Steps() as steps: account = cycle(s, allow_regression=True, say=steps.say)
+    with quick(made) as s:
+        try:
+            with _Steps() as steps: account = cycle(s, allow_regression=True, say=steps.say)
+        except Held: # somebody has to look at the data first; what was learnt from them can be looked at, too
+            _went_on(s, {n: folder_of(n, "", s) for n in ("features", "candidates")})
+            raise
     print(f"{account['headline']['sentence']}\n{account['seconds']:.0f} s, peak {account['peak_rss_mb']:.0f} MB. Look at {made.settings.reports_dir/'index.html'}")
     print(f"this was a quick look: recsys run, in {made.settings.resolve('.')}, learns with the full numbers of settings.ini")
     os.environ["RECSYS_SETTINGS"] = made.settings.file
@@ -184,6 +196,13 @@ def _effects(effects):
     for name in ("rule", "items it means", "lists that change", "items out", "items in"): table.add_column(name, justify="left" if name == "rule" else "right", overflow="fold")
     for e in effects: table.add_row(*map(Text, (e.rule.name if e.rule.kind == e.rule.name else f"{e.rule.kind}: {e.rule.name}", "" if e.names is None else str(e.names), str(e.lists), str(e.out), str(e.into))))
     Console().print(table)
+
+# %% ../../nbs/9_operations/07_cli.ipynb #22328d10
+def _example(a):
+    from recsys.ranking.rules import EXAMPLE as rules
+    from recsys.serving.assignment import EXAMPLE as experiments
+    print(dict(rules=rules, experiments=experiments)[a.what], end="")
+    return 0
 
 # %% ../../nbs/9_operations/07_cli.ipynb #094ed1a9
 def _schedule(a):
@@ -618,6 +637,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--explain", action="store_true", help="show what moved each score"); c.add_argument("--json", action="store_true", help="print JSON")
     c = command("rules", _rules, "what a file of rules would do to the lists of today, rule by rule")
     c.add_argument("file", metavar="FILE"); c.add_argument("--users", type=int, default=200, help="of a sample")
+    c = command("example", _example, "print a file to begin with, which shows what may stand there")
+    c.add_argument("what", choices=("rules", "experiments"))
     c = command("serve", _serve, "answer over HTTP from the current bundle")
     c.add_argument("--host"); c.add_argument("--port", type=int)
     keys = command("keys", None, "who may ask the service").add_subparsers(required=True, metavar="WHAT")
