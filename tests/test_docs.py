@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def pages(site): return {p.relative_to(site).as_posix(): p.read_text(encoding="utf-8") for p in sorted(site.rglob("*.html"))}
 
 def test_every_notebook_and_guide_has_a_page_that_the_first_one_lists(pages):
-    sources = [*ROOT.glob("nbs/[0-9]_*/*.ipynb"), *ROOT.glob("nbs/tutorials/*.ipynb"), *ROOT.glob("nbs/benchmarks/*.ipynb"), *ROOT.glob("nbs/docs/*.md")]
+    sources = [*ROOT.glob("nbs/[0-9]_*/*.ipynb"), *(p for d in ("tutorials", "jobs", "benchmarks") for p in ROOT.glob(f"nbs/{d}/*.ipynb")), *ROOT.glob("nbs/docs/*.md")]
     assert len(pages) == len(sources) + 3
     assert {"guides/architecture.html", "guides/handbook.html", "guides/glossary.html", "guides/upgrade.html", "contributing.html", "deploy.html"} < set(pages)
     listed = {unquote(h) for h in re.findall(r'href="([^"#]+)"', pages["index.html"])}
@@ -58,7 +58,7 @@ def commands(text: str, inline: bool = True) -> list[list[str]]:
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
     lines = [l for b in blocks for l in b.replace("\\\n", " ").splitlines()] + (re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)) if inline else [])
     said = [m[1] for l in lines if (m := re.match(r"(?:RECSYS_\w+=\S+ )*(?:\S*/)?recsys((?: .*)?)$", l.strip()))]
-    return [[STANDS_FOR.get(w, w) for w in shlex.split(s.removesuffix("&"), comments=True)] for s in said]
+    return [[STANDS_FOR.get(w, w) for w in shlex.split(s.removesuffix("&").partition(" > ")[0], comments=True)] for s in said]
 
 def wrong(args: list[str]) -> bool:
     try: parser().parse_args(args)

@@ -166,14 +166,14 @@ def watch_run(features: str | Path, candidates: str | Path, trained: str | Path,
 WORSE = ("good", "warning", "bad")
 
 def with_outcomes(said: dict, business: dict, concept: list[dict], lists: dict, skew: list[dict], embeddings: dict) -> dict:
-    "`said` of `watch_run` with the findings about the shop, outcomes, lists, train/serve skew and item vectors; the verdict is the worst of all, and what is worst is said first."
+    "`said` of `watch_run` with the findings about the shop, outcomes, lists, train/serve skew and item vectors; the verdict is the worst of all, and `sentences` say first what is worst."
     changed = [c for c in concept if c["drift"] and any(f["since"] for f in c["drift"]["findings"])]
     told = [(said["verdict"], said["sentence"]), (business["verdict"], business["sentence"]), *(("warning", f"{c['kind'].capitalize()}: {c['drift']['sentence']}") for c in changed)]
     told += [("warning", lists["sentence"])] * lists["alarm"] + [("bad", s["sentence"]) for s in skew if s["features"]] + [("warning", embeddings["sentence"])] * embeddings["alarm"]
     verdict = max((v for v, _ in told), key=WORSE.index)
     loud = [t for t in sorted(told, key=lambda t: -WORSE.index(t[0])) if t[0] != "good"] or told[:1]
     sentence = " ".join(s if s.endswith(".") else f"{s}." for _, s in loud) if len(loud) > 1 else loud[0][1]
-    return said | dict(verdict=verdict, sentence=sentence, business=business, concept=concept, lists=lists, skew=skew, embeddings=embeddings)
+    return said | dict(verdict=verdict, sentence=sentence, sentences=[s for _, s in loud], business=business, concept=concept, lists=lists, skew=skew, embeddings=embeddings)
 
 # %% ../../nbs/7_monitoring/04_watch.ipynb #494cba7b
 def outcomes_run(ingested: str | Path, features: str | Path, candidates: str | Path, trained: str | Path, bundles: str | Path, out: str | Path, settings: Settings) -> dict:

@@ -462,6 +462,7 @@ def shop_blocks(said: dict, runs: list[tuple[str, dict]] = ()) -> list[Block]:
     for _, severity in [*runs, (w["current"], said["severity"])]:
         for name, times in severity.items(): past.setdefault(name, []).append(times)
     rest = f"{len(quiet)} other columns"
-    return [headline(said["verdict"], said["sentence"], f"Reference: everybody's list as of {w['reference']}, when the model was measured; current: as of {w['current']}; {len(w['past'])} earlier windows say what is ordinary", *map(cause_sentence, causes)),
+    first, *more = said["sentences"]
+    return [headline(said["verdict"], first, *more, f"Reference: everybody's list as of {w['reference']}, when the model was measured; current: as of {w['current']}; {len(w['past'])} earlier windows say what is ordinary", *map(cause_sentence, causes)),
             cards(shop_cards(said)), Block("<h2>What moved, in order of what it does to the model</h2>" + columns_table(loud, "Material changes, then what else has most impact", causes=causes, past=past), "What moved"),
             Block(details(rest, note("In order of their impact, too.")).html.replace("</details>", columns_table(quiet, "Other columns", QUIET, past=past) + "</details>"), rest)]

@@ -201,7 +201,7 @@ layer = "ranking"
 slots = [500, 1000]
 placements = ["cart"]             # without this line, everywhere
 ramp = [[2026-11-02, 1.0]]
-variant = [{ name = "control", weight = 2 }, { name = "varied", rules = "varied.toml" }, { name = "fewer", per_source = 50, budget = 100, shadow = true }]
+variant = [{ name = "control", weight = 2 }, { name = "varied", rules = "rules.toml" }, { name = "fewer", per_source = 50, budget = 100, shadow = true }]
 """
 
 # %% ../../nbs/5_serving/17_assignment.ipynb #932273d9
