@@ -6,7 +6,7 @@
 __all__ = ['log', 'LEVELS', 'Fallback', 'fallback_file', 'read_fallback', 'set_fallback', 'Switch', 'fallback_line']
 
 # %% ../../nbs/5_serving/22_fallback.ipynb #c573d961
-import logging, os
+import logging
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from ..core.files import atomic_file
+from ..core.files import atomic_file, stamp
 from ..core.settings import RecsysError
 
 log = logging.getLogger("recsys.serving")
@@ -58,9 +58,7 @@ class Switch:
 
     def look(self) -> bool:
         "Look at the file; has the level changed?"
-        try: s = os.stat(self.file); seen = s.st_ino, s.st_size, s.st_mtime_ns
-        except OSError: seen = None
-        if seen == self.seen: return False
+        if (seen := stamp(self.file)) == self.seen: return False
         self.seen = seen
         try: said = read_fallback(self.data_dir)
         except RecsysError as e: log.error("the fallback stays at %d: %s", self.level, e); return False

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from ..core.files import stamp
 from ..core.settings import RecsysError
 from .metrics import Fields
 from .refused import Refused
@@ -83,13 +84,7 @@ class Keys:
     "The keys of one worker, kept as its file says; `path` None: everyone may do everything. One thread at a time."
     def __init__(self, path: str | Path | None, usual_rate: float, workers: int):
         self.path, self.usual_rate, self.workers, self.known, self.seen, self.next_look, self.heard = path, usual_rate, workers, None, None, 0., {}
-        if path: self.seen = self.stamp(); self.known = self.table(read_keys(path))
-
-    def stamp(self):
-        "What changes when the file does."
-        try: s = os.stat(self.path)
-        except OSError: return None
-        return s.st_mtime_ns, s.st_size, s.st_ino, s.st_mode
+        if path: self.seen = stamp(path); self.known = self.table(read_keys(path))
 
     def table(self, entries) -> dict[bytes, Key]:
         "{digest: key}; a key that was there before keeps its bucket, unless its rate is another."
@@ -103,8 +98,8 @@ class Keys:
 # %% ../../nbs/5_serving/08_keys.ipynb #779ee309
 def _look(keys: Keys):
     "Take over what the file of keys says now, if it changed and is in order."
-    if (stamp := keys.stamp()) == keys.seen: return
-    keys.seen = stamp
+    if (seen := stamp(keys.path)) == keys.seen: return
+    keys.seen = seen
     try: keys.known = keys.table(read_keys(keys.path))
     except RecsysError as e: log.error("the keys stay as they were: %s", e)
 

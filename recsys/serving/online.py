@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 from msgspec import Struct
 
-from ..core.files import atomic_file, digest, journal, read_journal
+from ..core.files import atomic_file, digest, journal, read_journal, stamp
 from ..core.settings import RecsysError, Settings
 from ..data.flags import ACTS
 from ..data.log import last_position, tail_log
@@ -477,9 +477,7 @@ class Reader:
 
     def look(self) -> bool:
         "Look at the file; is there another one?"
-        try: s = os.stat(self.file); seen = s.st_ino, s.st_size, s.st_mtime_ns
-        except OSError: seen = None
-        if seen == self.seen: return False
+        if (seen := stamp(self.file)) == self.seen: return False
         self.seen = seen
         try: self.learned = read_learned(self.data_dir)
         except RecsysError as e: log.error("lists are the ranker's alone: %s", e); self.learned = None

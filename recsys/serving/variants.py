@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..core.files import read_journal
+from ..core.files import read_journal, stamp
 from ..core.settings import RecsysError
 from ..ranking.rules import read_rules
 from .assignment import Book, Choice, Experiments, Exposures, NO_EXPERIMENTS, Variant, _check, assign, book_of, read_experiments, team_draft
@@ -78,21 +78,15 @@ def _opened(found: Experiments, folder: Path, engines: dict[Knobs, Engine], make
         except Exception as why: log.error("experiment '%s' is not run: %s", e.name, why)
     return msgspec.structs.replace(found, experiment=tuple(ready))
 
-def _mark(path: Path | None) -> tuple[int, int, int]:
-    "What differs when a file has changed."
-    try: stat = path.stat()
-    except (OSError, AttributeError): return 0, 0, 0
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
 def _reshare(v: Variants):
     "Give bandits the shares that are told by now; no engine is opened for that."
-    if (told := _mark(v.shares)) == v.told: return
+    if (told := v.shares and stamp(v.shares)) == v.told: return
     v.told, v.now = told, v.now._replace(book=book_of(v.ready, read_shares(v.shares)))
 
 def follow(v: Variants, version: str, make) -> bool: # were engines opened?
     "Read the file if it, or the promoted `version`, is another than at the last look; the shares if they are others."
     _reshare(v)
-    mark = (_mark(v.file), _mark(v.release), version)
+    mark = (*(f and stamp(f) for f in (v.file, v.release)), version)
     if mark == v.mark or v.mark is None and not v.file and not (v.release and v.release.exists()): return False
     v.mark, engines = mark, {}
     try: found = all_experiments(v.file, v.release)
