@@ -68,6 +68,12 @@ def test_torch_is_the_one_release_that_has_a_cpu_build_at_hand():
 @pytest.mark.parametrize("name", sorted(canonicalize_name(r.name) for r in DIRECT))
 def test_what_is_installed_is_what_is_pinned(name): assert metadata.version(name).split("+")[0] == PINNED[name]
 
+def test_every_pin_works_with_the_oldest_python_that_is_promised():
+    "Debian 12 has 3.11.2: a pin that wants a later patch release ends `make setup` there, and nowhere else."
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    wants = {d.name: d.metadata.get("Requires-Python") for d in metadata.distributions() if canonicalize_name(d.name) in PINNED}
+    assert len(wants) > 100 and [f"{n} {w}" for n, w in wants.items() if w and oldest not in SpecifierSet(w)] == []
+
 def test_everything_that_gets_installed_is_pinned():
     todo, seen, loose = [(r.name, frozenset(r.extras)) for r in DIRECT], set(), set()
     while todo:
