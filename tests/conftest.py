@@ -41,7 +41,7 @@ def daily(tmp_path_factory):
             "remains": [d.name for d in steps if d.name.startswith(".")], "bundles": (folder/"data/bundles").exists()}
     second = recsys(folder, "run", "--allow-regression", "--json", "figures.json")
     assert second.returncode == 0, second.stdout + second.stderr
-    copy = shutil.copytree(folder, tmp_path_factory.mktemp("daily")/"shop", symlinks=True, ignore=shutil.ignore_patterns("kernel-ipc*")) # sockets that the kill left
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("daily")/"shop", symlinks=True)
     return SimpleNamespace(folder=folder, half=half, second=second, figures=json.loads((folder/"figures.json").read_text()), copy=copy)
 
 @pytest.fixture(scope="session")

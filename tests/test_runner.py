@@ -64,6 +64,7 @@ def killed(folder, kills: int, seed: int = 0) -> str:
         assert r.returncode == 0, r.stderr + r.stdout
         if at[-1] == "start": length = time.monotonic() - begin # the machine may be busier than it was
         known = check_whole(folder, known)
+    assert [p.name for p in folder.iterdir() if p.is_socket()] == [], "sockets of a kernel that was killed; in an image this folder is read-only"
     before = content(folder)
     assert recsys(folder, "run").stdout.count("skipped") == len(STEPS) and content(folder) == before
     return f"{kills} kills, the last step that had ended: " + ", ".join(f"{w} {at.count(w)}" for w in ("start", *NAMES, "end"))

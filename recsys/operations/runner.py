@@ -169,10 +169,10 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     before = {k: os.environ.get(k) for k in told}
     os.environ.update(told)
     try:
-        with tempfile.TemporaryFile() as log, _Guard(minutes * 60) as guard:
+        with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="recsys-") as place, _Guard(minutes * 60) as guard:
             try: papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
                                             kernel_manager_class=_kernels(log, guard),
-                                            config=Config(KernelManager=dict(transport="ipc")),  # a socket file that others cannot reach, not a TCP port
+                                            config=Config(KernelManager=dict(transport="ipc", ip=f"{place}/kernel")), # socket files that others cannot reach, not TCP ports; not in the shop's folder, which may be read-only
                                             cwd=str(Path(settings.file).parent), request_save_on_cell_execute=False)
             except papermill.exceptions.PapermillExecutionError as e: raise _failure(e, notebook.stem) from None
             except (DeadKernelError, CellTimeoutError, RuntimeError) as e: # RuntimeError: it died before it began
