@@ -608,7 +608,149 @@ def _drift(a):
     print(f"{r.sentence}\n{r.seconds:.1f} s, peak {r.peak_rss_mb:,.0f} MB. Look at {a.out}/report.html")
     return 2 if r.alarm else 1 if r.sentence.startswith("No verdict") else 0   # an empty feed must not pass as a calm one
 
-# %% ../../nbs/9_operations/07_cli.ipynb #590a6500
+# %% ../../nbs/9_operations/07_cli.ipynb #4349f977
+class _Group:
+    "Commands of a parser; `around` is put around what each of them does."
+    def __init__(self, parser, metavar: str, around=lambda do: do): self.sub, self.around = parser.add_subparsers(required=True, metavar=metavar), around
+
+    def command(self, name: str, do, text: str, about: str = ""):
+        "A command with its line in the help; `about` is said instead where it is asked about itself."
+        c = self.sub.add_parser(name, help=text, description=about or text); c.set_defaults(do=self.around(do))
+        return c
+
+    def writing(self, name: str, do, text: str):
+        "A command that leaves something where --out says."
+        c = self.command(name, do, text); c.add_argument("--out", required=True, metavar="PATH")
+        return c
+
+    def group(self, name: str, text: str, around=lambda do: do) -> "_Group": return _Group(self.sub.add_parser(name, help=text, description=text), "WHAT", around)
+
+# %% ../../nbs/9_operations/07_cli.ipynb #3c4a9faf
+def _of_the_cycle(top: _Group):
+    "The daily cycle, and what it makes."
+    c = top.command("init", _init, "look at a folder of files, say what is in it and what is wrong, and make a project that runs on it")
+    c.add_argument("folder", metavar="FOLDER", help="with CSV, Parquet or JSON lines, also packed; it is only read")
+    c.add_argument("--into", metavar="DIR", help="the project's folder (default: FOLDER-recsys, here)"); c.add_argument("--run", action="store_true", help="also run the cycle, up to a first list")
+    c.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="what a column means, if it is not recognised, e.g. item_id=number; may be repeated"); c.add_argument("--overwrite", action="store_true", help="replace shop.toml and settings.ini of DIR")
+    c = top.command("run", _run, "the daily cycle: ingest, validate, features, candidates, train, evaluate, drift, decide, publish")
+    c.add_argument("--date", default="", metavar="DAY", help="the moment: nothing on or after this day is seen (default: the end of the data)")
+    c.add_argument("--backfill", nargs=2, metavar=("FROM", "TO"), help="one run for each of these days that is not done yet")
+    c.add_argument("--json", metavar="FILE", help="write the run's figures")
+    c.add_argument("--allow-regression", action="store_true", help="publish even if the best baseline was not beaten")
+    c.add_argument("--dataset", choices=("simulated",), help="a made-up shop, in a project of its own below this folder"); c.add_argument("--small", action="store_true", help="of the simulated shop: one that takes a few minutes")
+    c = top.command("job", _job, "run one job notebook with parameters of your own")
+    c.add_argument("name", metavar="NAME"); c.add_argument("-p", action="append", default=[], metavar="KEY=VALUE", help="a parameter; may be repeated")
+    top.command("schedule", _schedule, "wait, and run the daily cycle at every moment of [schedule] cron")
+    top.command("status", _status, "the last runs and what is being served")
+
+# %% ../../nbs/9_operations/07_cli.ipynb #b7e5c346
+def _of_data(top: _Group):
+    "What goes in."
+    c = top.command("ingest", _ingest, "read and check the shop's data; nothing is learnt yet")
+    c.add_argument("--date", default="", metavar="DAY"); c.add_argument("--retry-quarantine", action="store_true", help="first read again what was set aside")
+    c = top.command("forget", _forget, "never again learn from these users or visitors")
+    c.add_argument("id", nargs="+", metavar="ID")
+    c = top.command("simulate", _simulate, "make up a shop of any size, to try things on")
+    c.add_argument("--events", type=int, required=True); c.add_argument("--out", required=True, metavar="DIR")
+    c.add_argument("--seed", type=int, default=42); c.add_argument("--days", type=int, default=180, help="of history; the daily cycle needs some 130 at the usual settings")
+    c.add_argument("--users", type=int, help="accounts; by default as many as make the events"); c.add_argument("--items", type=int, help="by default one per 250 events")
+    c.add_argument("--shop", metavar="FILE", help="TOML: knobs that differ from the usual ones, and [[shocks]]")
+    c.add_argument("--calibrate", action="store_true", help="popularity, baskets, gaps, hours and weekdays of the log last ingested; shows how near it comes")
+    features = top.group("features", "tables of live features, and the door to Feast")
+    c = features.writing("build", _features_build, "training rows with features as of their moments, and pairs of items; on [run] engine")
+    c.add_argument("--days", type=int, default=28, help="of training rows, before the end of the data"); c.add_argument("--negatives", type=int, default=4)
+    c.add_argument("--one-in", type=int, default=1, metavar="N", help="keep one purchase in N")
+    c = features.writing("feast", _features_feast, "write, apply and fill a Feast repository")
+    c.add_argument("--online", default="sqlite", metavar="STORE", help="sqlite, or redis://host:port")
+
+# %% ../../nbs/9_operations/07_cli.ipynb #ead62a55
+def _of_lists(top: _Group):
+    "What comes out."
+    c = top.command("recommend", _recommend, "one answer in the terminal, with reasons")
+    c.add_argument("--user", default="", metavar="ID"); c.add_argument("--cart", default="", metavar="ID,ID"); c.add_argument("--n", type=int, default=10)
+    c.add_argument("--explain", action="store_true", help="show what moved each score"); c.add_argument("--json", action="store_true", help="print JSON")
+    c = top.command("rules", _rules, "what a file of rules would do to the lists of today, rule by rule")
+    c.add_argument("file", metavar="FILE"); c.add_argument("--users", type=int, default=200, help="of a sample")
+    c = top.command("example", _example, "print a file to begin with, which shows what may stand there")
+    c.add_argument("what", choices=("rules", "experiments"))
+    c = top.command("serve", _serve, "answer over HTTP from the current bundle")
+    c.add_argument("--host"); c.add_argument("--port", type=int)
+    keys = top.group("keys", "who may ask the service")
+    c = keys.command("new", _keys_new, "a new key")
+    c.add_argument("name", metavar="NAME", help="of its holder, for logs"); c.add_argument("--scopes", default="read", metavar="SCOPE,SCOPE", help="of read, write, admin")
+    c.add_argument("--rate", type=float, metavar="N", help="requests a second (default: [serving] key_rate)")
+
+# %% ../../nbs/9_operations/07_cli.ipynb #3a7be1d3
+def _of_reports(top: _Group):
+    "What is compared."
+    c = top.writing("drift", _drift, "compare any two Parquet tables: report.html and report.json; exit code 2 if something moved materially")
+    for name, text in (("--reference", "the table to compare with"), ("--current", "the table in question")): c.add_argument(name, required=True, metavar="FILE", help=f"{text}: Parquet, or a quoted pattern of files")
+    c.add_argument("--unit", metavar="COLUMN", help="whose row it is (user, visitor): rows of one unit are not independent"); c.add_argument("--model", metavar="FILE", help="LightGBM text file: weight of each column in the model")
+    experiment = top.group("experiment", "who sees which variant, and which is better")
+    c = experiment.command("list", _experiment_list, "what is in the experiment file")
+    c = experiment.command("check", _experiment_check, "is a file right?"); c.add_argument("file", metavar="FILE")
+    c = experiment.command("analyse", _experiment_analyse, "decide, and write the page"); c.add_argument("name", metavar="NAME")
+    c = experiment.command("shares", _experiment_shares, "renew the shares of bandits by what is known", "renew the shares of bandits by what is known; workers follow within a second"); c.add_argument("name", metavar="NAME", nargs="?", help="(default: all)")
+    c = experiment.command("gate", _experiment_gate, "may a version be shown to some? from what was explored", "may a version be shown to some? from what was explored; exit code 0 only if it may")
+    c.add_argument("version", metavar="VERSION"); c.add_argument("--days", type=float, default=28, help="of the log"); c.add_argument("--margin", type=float, default=.05, help="relative loss of clicks that is accepted")
+
+# %% ../../nbs/9_operations/07_cli.ipynb #a297ccdc
+def _who(c, why: bool = False):
+    "Who says it, and why."
+    c.add_argument("--why", default="", required=why, metavar="TEXT"); c.add_argument("--by", default=os.environ.get("USER", ""), metavar="NAME", help="who says it (default: the user of this session)")
+
+def _of_people(top: _Group):
+    "What people say."
+    c = top.command("releases", _releases, "what served when, why, and where one could go back to"); c.add_argument("--most", type=int, default=20, help="changes that are shown")
+    c = top.command("promote", _promote, "let a version serve: a shadow, a share of the visitors, or all of them")
+    c.add_argument("version", metavar="VERSION"); c.add_argument("--stage", choices=("shadow", "share", "all"), default="all")
+    c.add_argument("--share", type=float, default=.1, metavar="SHARE", help="of the visitors (default: .1)"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
+    c.add_argument("--anyway", action="store_true", help="though the gate has refused it")
+    c = top.command("rollback", _rollback, "end what is on trial, or let the version before serve again")
+    c.add_argument("--to", metavar="VERSION", help="another than the one before"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
+    c = top.command("alerts", _alerts, "what people should know, the most severe first; sends what could not be sent"); c.add_argument("--all", action="store_true", help="closed ones, too")
+    for name, act, text in (("approve", "approved", "go on in spite of an alert: what waits for it may be published"), ("veto", "vetoed", "do not act on an alert: no fallback and no retraining because of it; what waits goes on waiting"),
+                            ("acknowledge", "acknowledged", "somebody is at it: nobody else is told"), ("snooze", "snoozed", "be quiet about it for some hours")):
+        c = top.command(name, _answer, text); c.set_defaults(answer=act); c.add_argument("id", metavar="ID", help="of `recsys alerts`; its first characters will do"); _who(c)
+        if name == "snooze": c.add_argument("--hours", type=float, default=24)
+    label = top.group("label", "what a person says: was an alarm true, is an item good for a user")
+    c = label.command("alarm", _answer, "was it true?", "was an alarm true? A false one no longer counts"); c.set_defaults(answer="labelled"); c.add_argument("id", metavar="ID"); c.add_argument("truth", choices=("true", "false")); _who(c)
+    c = label.command("item", _label_item, "is it good for a user?", "should an item be on the list of a user? The next evaluation says how far lists agree")
+    c.add_argument("user", metavar="USER"); c.add_argument("item", metavar="ITEM"); c.add_argument("verdict", choices=("good", "bad")); _who(c)
+    c = top.command("fallback", _fallback, "make the service answer more simply, at once: 1 fewer candidates, 2 no ranker, 3 the segment's list, 4 the list of all; or off")
+    c.add_argument("level", choices=("1", "2", "3", "4", "off")); _who(c, why=True)
+
+# %% ../../nbs/9_operations/07_cli.ipynb #5694e282
+def _of_benches(top: _Group):
+    "What is measured."
+    bench = top.group("bench", "measure, against others, in one run", _measured)
+    rectools = "also EASE, SASRec and BERT4Rec by RecTools, in an environment of their own"
+    c = bench.writing("features", _bench_features, "the offline path from ingest to training rows, on simulated events")
+    c.add_argument("--events", type=int, required=True); c.add_argument("--engine", choices=("polars", "spark"), default="polars")
+    c = bench.writing("sessions", _bench_sessions, "the next item of a session: candidates and ranker on any files, beside baselines")
+    c.add_argument("--train", required=True, metavar="FILE", help="Parquet (session, items) or tab-separated clicks (SessionId, ItemId, Time)")
+    c.add_argument("--test", required=True, metavar="FILE", help="Parquet (prefix, label) or clicks"); c.add_argument("--k", type=int, default=20, help="length of the lists")
+    c.add_argument("--peers", action="store_true", help="also item-item by implicit, and EASE and SASRec by RecTools, in an environment of their own")
+    c = bench.writing("sequences", _bench_sequences, "the last item of a history: candidates, attention model and ranker on any file, beside baselines")
+    c.add_argument("--sequences", required=True, metavar="FILE", help="Parquet (user, items)"); c.add_argument("--attributes", metavar="FILE", help="Parquet (item, attributes)")
+    c.add_argument("--k", type=int, default=10, help="length of the lists"); c.add_argument("--peers", action="store_true", help=rectools)
+    c = bench.writing("shop", _bench_shop, "the daily run's lists, next basket and completion, beside baselines and other libraries' models")
+    c.add_argument("--date", default="", metavar="DAY", help="the moment of the run (default: the end of the data)"); c.add_argument("--peers", action="store_true", help=rectools)
+    c = bench.writing("serving", _bench_serving, "what a list costs in the engine and over HTTP, on a simulated shop, beside the usual service")
+    c.add_argument("--items", type=int, default=100_000); c.add_argument("--users", type=int, default=200_000)
+    c.add_argument("--seconds", type=float, default=10, help="of load for each figure")
+    c = bench.writing("drift", _bench_drift, "false alarms, power, planted drifts and cost of the drift reports, beside Evidently in an environment of its own")
+    c.add_argument("--runs", type=int, default=6000, help="reports for each rate with few rows; fewer with many"); c.add_argument("--rows", type=int, default=1_000_000, help="of the tables whose cost is measured")
+    c.add_argument("--many", type=int, default=100, metavar="N", help="and once N times as many, for the memory"); c.add_argument("--no-peers", action="store_true", help="without Evidently")
+    c.add_argument("--real", metavar="DIR", help="a folder with online_retail and eshop_2008 as Parquet: what would have been flagged, month by month and week by week")
+    c = bench.writing("experiments", _bench_experiments, "how often the rules for experiments are wrong and right, simulated and on real ones")
+    c.add_argument("--tests", type=int, default=10_000, help="experiments without an effect"); c.add_argument("--ids", type=int, default=10_000_000, help="that are assigned")
+    c.add_argument("--data", metavar="DIR", help="with asos_experiments and open_bandit (default: the data folder)")
+    c = bench.writing("loop", _bench_loop, "a simulated year before the real service, with six disasters: what was found, decided and earned, beside never and daily retraining and an oracle")
+    c.add_argument("--days", type=int, default=365); c.add_argument("--visits", type=int, default=150, help="a day, about"); c.add_argument("--seed", type=int, default=1)
+    c.add_argument("--daily-days", type=int, metavar="N", help="play only N days of the costly daily retraining; compared on these")
+
+# %% ../../nbs/9_operations/07_cli.ipynb #2c7992d9
 class _Parser(argparse.ArgumentParser):
     "Says what is wrong with a command like everything else that goes wrong: one line, exit code 1 (argparse's 2 is that of drift)."
     def error(self, message): self.exit(1, f"recsys: {' '.join(message.split())} — see {self.prog} --help\n")
@@ -616,111 +758,8 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
     p = _Parser("recsys", description="From a shop's raw events to ranked products, kept honest by reports one can believe.")
-    sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    def command(name, do, text):
-        c = sub.add_parser(name, help=text, description=text); c.set_defaults(do=do)
-        return c
-    c = command("init", _init, "look at a folder of files, say what is in it and what is wrong, and make a project that runs on it")
-    c.add_argument("folder", metavar="FOLDER", help="with CSV, Parquet or JSON lines, also packed; it is only read")
-    c.add_argument("--into", metavar="DIR", help="the project's folder (default: FOLDER-recsys, here)"); c.add_argument("--run", action="store_true", help="also run the cycle, up to a first list")
-    c.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="what a column means, if it is not recognised, e.g. item_id=number; may be repeated"); c.add_argument("--overwrite", action="store_true", help="replace shop.toml and settings.ini of DIR")
-    c = command("run", _run, "the daily cycle: ingest, validate, features, candidates, train, evaluate, drift, decide, publish")
-    c.add_argument("--date", default="", metavar="DAY", help="the moment: nothing on or after this day is seen (default: the end of the data)")
-    c.add_argument("--backfill", nargs=2, metavar=("FROM", "TO"), help="one run for each of these days that is not done yet")
-    c.add_argument("--json", metavar="FILE", help="write the run's figures")
-    c.add_argument("--allow-regression", action="store_true", help="publish even if the best baseline was not beaten")
-    c.add_argument("--dataset", choices=("simulated",), help="a made-up shop, in a project of its own below this folder"); c.add_argument("--small", action="store_true", help="of the simulated shop: one that takes a few minutes")
-    c = command("job", _job, "run one job notebook with parameters of your own")
-    c.add_argument("name", metavar="NAME"); c.add_argument("-p", action="append", default=[], metavar="KEY=VALUE", help="a parameter; may be repeated")
-    c = command("recommend", _recommend, "one answer in the terminal, with reasons")
-    c.add_argument("--user", default="", metavar="ID"); c.add_argument("--cart", default="", metavar="ID,ID"); c.add_argument("--n", type=int, default=10)
-    c.add_argument("--explain", action="store_true", help="show what moved each score"); c.add_argument("--json", action="store_true", help="print JSON")
-    c = command("rules", _rules, "what a file of rules would do to the lists of today, rule by rule")
-    c.add_argument("file", metavar="FILE"); c.add_argument("--users", type=int, default=200, help="of a sample")
-    c = command("example", _example, "print a file to begin with, which shows what may stand there")
-    c.add_argument("what", choices=("rules", "experiments"))
-    c = command("serve", _serve, "answer over HTTP from the current bundle")
-    c.add_argument("--host"); c.add_argument("--port", type=int)
-    keys = command("keys", None, "who may ask the service").add_subparsers(required=True, metavar="WHAT")
-    c = keys.add_parser("new", help="a new key", description="a new key"); c.set_defaults(do=_keys_new)
-    c.add_argument("name", metavar="NAME", help="of its holder, for logs"); c.add_argument("--scopes", default="read", metavar="SCOPE,SCOPE", help="of read, write, admin")
-    c.add_argument("--rate", type=float, metavar="N", help="requests a second (default: [serving] key_rate)")
-    c = command("ingest", _ingest, "read and check the shop's data; nothing is learnt yet")
-    c.add_argument("--date", default="", metavar="DAY"); c.add_argument("--retry-quarantine", action="store_true", help="first read again what was set aside")
-    c = command("forget", _forget, "never again learn from these users or visitors")
-    c.add_argument("id", nargs="+", metavar="ID")
-    c = command("simulate", _simulate, "make up a shop of any size, to try things on")
-    c.add_argument("--events", type=int, required=True); c.add_argument("--out", required=True, metavar="DIR")
-    c.add_argument("--seed", type=int, default=42); c.add_argument("--days", type=int, default=180, help="of history; the daily cycle needs some 130 at the usual settings")
-    c.add_argument("--users", type=int, help="accounts; by default as many as make the events"); c.add_argument("--items", type=int, help="by default one per 250 events")
-    c.add_argument("--shop", metavar="FILE", help="TOML: knobs that differ from the usual ones, and [[shocks]]")
-    c.add_argument("--calibrate", action="store_true", help="popularity, baskets, gaps, hours and weekdays of the log last ingested; shows how near it comes")
-    def said(c, why=False): c.add_argument("--why", default="", required=why, metavar="TEXT"); c.add_argument("--by", default=os.environ.get("USER", ""), metavar="NAME", help="who says it (default: the user of this session)")
-    bench = command("bench", None, "measure, against others, in one run").add_subparsers(required=True, metavar="WHAT")
-    features = command("features", None, "tables of live features, and the door to Feast").add_subparsers(required=True, metavar="WHAT")
-    def of(parent, name, do, text):
-        c = parent.add_parser(name, help=text, description=text); c.set_defaults(do=_measured(do) if parent is bench else do); c.add_argument("--out", required=True, metavar="PATH")
-        return c
-    c = of(features, "build", _features_build, "training rows with features as of their moments, and pairs of items; on [run] engine")
-    c.add_argument("--days", type=int, default=28, help="of training rows, before the end of the data"); c.add_argument("--negatives", type=int, default=4)
-    c.add_argument("--one-in", type=int, default=1, metavar="N", help="keep one purchase in N")
-    c = of(features, "feast", _features_feast, "write, apply and fill a Feast repository")
-    c.add_argument("--online", default="sqlite", metavar="STORE", help="sqlite, or redis://host:port")
-    c = of(sub, "drift", _drift, "compare any two Parquet tables: report.html and report.json; exit code 2 if something moved materially")
-    for name, text in (("--reference", "the table to compare with"), ("--current", "the table in question")): c.add_argument(name, required=True, metavar="FILE", help=f"{text}: Parquet, or a quoted pattern of files")
-    c.add_argument("--unit", metavar="COLUMN", help="whose row it is (user, visitor): rows of one unit are not independent"); c.add_argument("--model", metavar="FILE", help="LightGBM text file: weight of each column in the model")
-    experiment = command("experiment", None, "who sees which variant, and which is better").add_subparsers(required=True, metavar="WHAT")
-    c = experiment.add_parser("list", help="what is in the experiment file", description="what is in the experiment file"); c.set_defaults(do=_experiment_list)
-    c = experiment.add_parser("check", help="is a file right?", description="is a file right?"); c.set_defaults(do=_experiment_check); c.add_argument("file", metavar="FILE")
-    c = experiment.add_parser("analyse", help="decide, and write the page", description="decide, and write the page"); c.set_defaults(do=_experiment_analyse); c.add_argument("name", metavar="NAME")
-    c = experiment.add_parser("shares", help="renew the shares of bandits by what is known", description="renew the shares of bandits by what is known; workers follow within a second"); c.set_defaults(do=_experiment_shares); c.add_argument("name", metavar="NAME", nargs="?", help="(default: all)")
-    c = experiment.add_parser("gate", help="may a version be shown to some? from what was explored", description="may a version be shown to some? from what was explored; exit code 0 only if it may"); c.set_defaults(do=_experiment_gate)
-    c.add_argument("version", metavar="VERSION"); c.add_argument("--days", type=float, default=28, help="of the log"); c.add_argument("--margin", type=float, default=.05, help="relative loss of clicks that is accepted")
-    rectools = "also EASE, SASRec and BERT4Rec by RecTools, in an environment of their own"
-    c = of(bench, "features", _bench_features, "the offline path from ingest to training rows, on simulated events")
-    c.add_argument("--events", type=int, required=True); c.add_argument("--engine", choices=("polars", "spark"), default="polars")
-    c = of(bench, "sessions", _bench_sessions, "the next item of a session: candidates and ranker on any files, beside baselines")
-    c.add_argument("--train", required=True, metavar="FILE", help="Parquet (session, items) or tab-separated clicks (SessionId, ItemId, Time)")
-    c.add_argument("--test", required=True, metavar="FILE", help="Parquet (prefix, label) or clicks"); c.add_argument("--k", type=int, default=20, help="length of the lists")
-    c.add_argument("--peers", action="store_true", help="also item-item by implicit, and EASE and SASRec by RecTools, in an environment of their own")
-    c = of(bench, "sequences", _bench_sequences, "the last item of a history: candidates, attention model and ranker on any file, beside baselines")
-    c.add_argument("--sequences", required=True, metavar="FILE", help="Parquet (user, items)"); c.add_argument("--attributes", metavar="FILE", help="Parquet (item, attributes)")
-    c.add_argument("--k", type=int, default=10, help="length of the lists"); c.add_argument("--peers", action="store_true", help=rectools)
-    c = of(bench, "shop", _bench_shop, "the daily run's lists, next basket and completion, beside baselines and other libraries' models")
-    c.add_argument("--date", default="", metavar="DAY", help="the moment of the run (default: the end of the data)"); c.add_argument("--peers", action="store_true", help=rectools)
-    c = of(bench, "serving", _bench_serving, "what a list costs in the engine and over HTTP, on a simulated shop, beside the usual service")
-    c.add_argument("--items", type=int, default=100_000); c.add_argument("--users", type=int, default=200_000)
-    c.add_argument("--seconds", type=float, default=10, help="of load for each figure")
-    c = of(bench, "drift", _bench_drift, "false alarms, power, planted drifts and cost of the drift reports, beside Evidently in an environment of its own")
-    c.add_argument("--runs", type=int, default=6000, help="reports for each rate with few rows; fewer with many"); c.add_argument("--rows", type=int, default=1_000_000, help="of the tables whose cost is measured")
-    c.add_argument("--many", type=int, default=100, metavar="N", help="and once N times as many, for the memory"); c.add_argument("--no-peers", action="store_true", help="without Evidently")
-    c.add_argument("--real", metavar="DIR", help="a folder with online_retail and eshop_2008 as Parquet: what would have been flagged, month by month and week by week")
-    c = of(bench, "experiments", _bench_experiments, "how often the rules for experiments are wrong and right, simulated and on real ones")
-    c.add_argument("--tests", type=int, default=10_000, help="experiments without an effect"); c.add_argument("--ids", type=int, default=10_000_000, help="that are assigned")
-    c.add_argument("--data", metavar="DIR", help="with asos_experiments and open_bandit (default: the data folder)")
-    command("schedule", _schedule, "wait, and run the daily cycle at every moment of [schedule] cron")
-    c = command("releases", _releases, "what served when, why, and where one could go back to"); c.add_argument("--most", type=int, default=20, help="changes that are shown")
-    c = command("promote", _promote, "let a version serve: a shadow, a share of the visitors, or all of them")
-    c.add_argument("version", metavar="VERSION"); c.add_argument("--stage", choices=("shadow", "share", "all"), default="all")
-    c.add_argument("--share", type=float, default=.1, metavar="SHARE", help="of the visitors (default: .1)"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
-    c.add_argument("--anyway", action="store_true", help="though the gate has refused it")
-    c = command("rollback", _rollback, "end what is on trial, or let the version before serve again")
-    c.add_argument("--to", metavar="VERSION", help="another than the one before"); c.add_argument("--why", required=True, metavar="TEXT", help="for the history")
-    c = command("alerts", _alerts, "what people should know, the most severe first; sends what could not be sent"); c.add_argument("--all", action="store_true", help="closed ones, too")
-    for name, act, text in (("approve", "approved", "go on in spite of an alert: what waits for it may be published"), ("veto", "vetoed", "do not act on an alert: no fallback and no retraining because of it; what waits goes on waiting"),
-                            ("acknowledge", "acknowledged", "somebody is at it: nobody else is told"), ("snooze", "snoozed", "be quiet about it for some hours")):
-        c = command(name, _answer, text); c.set_defaults(answer=act); c.add_argument("id", metavar="ID", help="of `recsys alerts`; its first characters will do"); said(c)
-        if name == "snooze": c.add_argument("--hours", type=float, default=24)
-    label = command("label", None, "what a person says: was an alarm true, is an item good for a user").add_subparsers(required=True, metavar="WHAT")
-    c = label.add_parser("alarm", help="was it true?", description="was an alarm true? A false one no longer counts"); c.set_defaults(do=_answer, answer="labelled"); c.add_argument("id", metavar="ID"); c.add_argument("truth", choices=("true", "false")); said(c)
-    c = label.add_parser("item", help="is it good for a user?", description="should an item be on the list of a user? The next evaluation says how far lists agree"); c.set_defaults(do=_label_item)
-    c.add_argument("user", metavar="USER"); c.add_argument("item", metavar="ITEM"); c.add_argument("verdict", choices=("good", "bad")); said(c)
-    c = command("fallback", _fallback, "make the service answer more simply, at once: 1 fewer candidates, 2 no ranker, 3 the segment's list, 4 the list of all; or off")
-    c.add_argument("level", choices=("1", "2", "3", "4", "off")); said(c, why=True)
-    c = of(bench, "loop", _bench_loop, "a simulated year before the real service, with six disasters: what was found, decided and earned, beside never and daily retraining and an oracle")
-    c.add_argument("--days", type=int, default=365); c.add_argument("--visits", type=int, default=150, help="a day, about"); c.add_argument("--seed", type=int, default=1)
-    c.add_argument("--daily-days", type=int, metavar="N", help="play only N days of the costly daily retraining; compared on these")
-    command("status", _status, "the last runs and what is being served")
+    top = _Group(p, "COMMAND")
+    for declare in (_of_the_cycle, _of_data, _of_lists, _of_reports, _of_people, _of_benches): declare(top)
     return p
 
 # %% ../../nbs/9_operations/07_cli.ipynb #1d1fb18a
