@@ -1,4 +1,4 @@
-"The image of deploy/Containerfile, built and run without a daemon or a registry: buildah, on a base that debootstrap makes. Nightly: pytest -m bench tests/test_image.py"
+"What deploy/README.md has to be typed, without a daemon, a registry or a cluster: the image by buildah, on a base that debootstrap makes; what kubectl makes of the manifests. Nightly: pytest -m bench tests/test_image.py"
 import os, re, shutil, signal, subprocess, time, urllib.request
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from shop import ROOT
 from test_spark import free_port
 
 LACKS = [t for t in ("buildah", "debootstrap") if not shutil.which(t)]
-pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600), pytest.mark.skipif(bool(LACKS) or os.getuid() != 0, reason=f"{' and '.join(LACKS) or 'root'} is missing: apt-get install buildah debootstrap, and be root")]
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 ENV = os.environ | dict(STORAGE_DRIVER="vfs", BUILDAH_ISOLATION="chroot")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -43,6 +43,7 @@ def image(tmp_path_factory):
         for c in (base, *made): subprocess.run(["buildah", "rm", c], env=ENV, capture_output=True)
         subprocess.run(["buildah", "rmi", "localhost/recsys:test", "docker.io/library/python:3.11-slim"], env=ENV, capture_output=True)
 
+@pytest.mark.skipif(bool(LACKS) or os.getuid() != 0, reason=f"{' and '.join(LACKS) or 'root'} is missing: apt-get install buildah debootstrap, and be root")
 def test_a_day_and_the_service_in_a_container(image):
     "As the user of the image, who can write nothing but the volumes."
     container, home = image
@@ -61,3 +62,13 @@ def test_a_day_and_the_service_in_a_container(image):
             except OSError: time.sleep(1)
         assert b"ready" in said
     finally: os.killpg(p.pid, signal.SIGTERM); p.wait(60)
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is missing: apt-get install kubernetes-client")
+def test_the_commands_for_a_cluster(tmp_path):
+    "As far as they go without one: secrets are made but not sent, manifests are put together but not applied."
+    for name in ("read.toml", "write.toml"): (tmp_path/name).write_text("")
+    text = (ROOT/"deploy/README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^kubectl .*$", "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)), re.M)
+    kinds = {line: re.findall(r"^kind: (\w+)$", sh("sh", "-c", line.replace("apply -k deploy", f"kustomize {ROOT}/deploy") if "apply -k" in line else f"{line} --dry-run=client -o yaml", cwd=tmp_path), re.M) for line in lines}
+    assert len(kinds) == 3 and all(k == ["Secret"] for line, k in kinds.items() if "secret" in line)
+    assert {"Deployment", "CronJob", "Service", "ConfigMap", "HorizontalPodAutoscaler", "PersistentVolumeClaim"} <= {k for line, found in kinds.items() if "apply" in line for k in found}
