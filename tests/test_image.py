@@ -20,7 +20,7 @@ def sh(*command, **more) -> str:
 def pip_conf(into: Path) -> tuple[Path, list[str]]:
     "This machine's way to packages, as the secret of the build, and the folders that it names."
     found = dict(line.split("=", 1) for line in sh("python3", "-m", "pip", "config", "list").splitlines() if line.startswith(("global.", ":env:.")))
-    keep = {k.rpartition(".")[2]: v.strip("'\"") for k, v in found.items() if k.rpartition(".")[2] in ("index-url", "extra-index-url", "find-links", "trusted-host", "cert")}
+    keep = {k.rpartition(".")[2]: v.strip("'\"") for k, v in found.items() if k.endswith(("-url", "-links", "-host", "cert"))}
     into.write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in keep.items()))
     folders = {f"/{Path(p).parts[1]}" for v in keep.values() for p in re.findall(r"(?:file://)?(/[\w./-]+)", v) if Path(p).is_dir()}
     return into, [f"{p}:{p}:ro" for p in sorted(folders)]
