@@ -9,7 +9,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 INTO = ROOT/"nbs/docs/pictures"
 
 def storefront(page):
-    "A list after three products went into the cart."
+    "A list after two products went into the cart."
     p = subprocess.Popen([COMMAND, "serve", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         page.goto(p.stdout.readline().rpartition(" ")[2].strip())

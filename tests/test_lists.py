@@ -259,7 +259,7 @@ def test_a_feature_altered_in_serving_is_named_first(shop, tmp_path, feature):
     said, = li.skew_run(tmp_path/"shop/data", shop/"bundles", knobs)
     assert [f["name"] for f in said["features"]] == [feature] and said["identical"] == 0 and said["features"][0]["share"] == 1
     told = with_outcomes(dict(verdict="warning", sentence="2 of 90 inputs moved materially: item_trend, score."), dict(verdict="warning", sentence="Guardrail near."), [], dict(alarm=True, sentence="Novelty fell"), [said], dict(alarm=False, sentence=""))
-    assert told["verdict"] == "bad" and feature in told["sentence"][:120]
+    assert told["verdict"] == "bad" and feature in told["sentence"][:120] and feature in told["sentences"][0] and len(told["sentences"]) == 4, "what is worst comes first"
 
 
 def test_lists_of_the_night(engines):
