@@ -378,13 +378,24 @@ def test_nothing_of_java_reaches_the_terminal(tmp_path):
 
 @needs_pyspark
 @needs_java
-def test_a_java_that_ends_without_a_word_is_started_again(tmp_path):
-    "The first start ends silently, the second is the real one."
-    java = tmp_path/"bin"/"java"
-    java.parent.mkdir()
-    java.write_text(f'#!/bin/sh\n[ -e {tmp_path}/tried ] && exec {shutil.which("java")} "$@"\ntouch {tmp_path}/tried\nexit 1\n'); java.chmod(0o755)
-    found = subprocess.run([sys.executable, "-c", ASK + "\nelse: print('started')", "local[1]"], capture_output=True, text=True, timeout=240, cwd=tmp_path, env={**os.environ, "JAVA_HOME": str(tmp_path)})
-    assert found.returncode == 0 and found.stdout.strip() == "started" and (tmp_path/"tried").exists(), found.stdout + found.stderr
+def test_java_starts_in_no_fork(tmp_path):
+    "What libraries run in a forked child (gRPC's threads) ended some of them before they were Java."
+    script = "import os\nos.register_at_fork(before=lambda: print('forked'))\n" + ASK + "\nelse: print('started')"
+    found = subprocess.run([sys.executable, "-c", script, "local[1]"], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert found.returncode == 0 and found.stdout.strip() == "started", found.stdout + found.stderr
+
+@needs_pyspark
+@needs_java
+def test_java_ends_with_its_process(tmp_path):
+    "Even where that is killed."
+    script = ASK + "\nimport time\nfrom pyspark import SparkContext\nprint(SparkContext._gateway.proc.pid, flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", script, "local[1]"], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        java = psutil.Process(int(process.stdout.readline()))
+        assert "java" in java.name()
+    finally: process.kill(); process.wait(); process.stdout.close()
+    psutil.wait_procs([java], timeout=60)
+    assert ended(java.pid)
 
 @pytest.mark.parametrize("text, cause", [("An error occurred\n: java.lang.X: why\n\tat a.b(C.java:1)", "java.lang.X: why"), ("", "no reason given"), ("[PATH_NOT_FOUND] none\nSQLSTATE: 42K03", "[PATH_NOT_FOUND] none"),
     ("An error\n: a.A: first\n\tat x\nCaused by: b.B: second\n\t... 3 more\nCaused by: c.C: third\n\tat y", "c.C: third"), ("x" * 1000, "x" * 400)])

@@ -8,7 +8,7 @@ __all__ = ['SHARD', 'BYTES_PER_EVENT', 'BYTES_PER_ID', 'COUNTED', 'SIDES', 'PAIR
            'read_table', 'feature_store']
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #1b4d6fc4
-import os, re, shutil, socket, tempfile, time
+import os, re, shutil, socket, struct, subprocess, tempfile, time
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
@@ -100,14 +100,26 @@ def _words(log: BinaryIO) -> list[str]:
     return [l for l in log.read().decode(errors="replace").splitlines() if ("Exception" in l or "rror" in l) and not l.startswith("\tat ")]
 
 def _java(memory, log: BinaryIO):
-    "A new Java machine; one that ends without a word is started again."
+    "The gateway to a new Java machine, which ends when its standard input does; `PySparkRuntimeError` if it leaves before that."
     from pyspark.errors import PySparkRuntimeError
+    from pyspark.find_spark_home import _find_spark_home
     from pyspark.java_gateway import launch_gateway
-    for pause in (3, 10, None):
-        try: return launch_gateway(memory, dict(stderr=log))
-        except PySparkRuntimeError: # JAVA_GATEWAY_EXITED
-            if pause is None or _words(log): raise
-            time.sleep(pause)
+    command = [f"{_find_spark_home()}/bin/spark-submit", *(a for k, v in memory.getAll() for a in ("--conf", f"{k}={v}")), "pyspark-shell"]
+    with tempfile.TemporaryDirectory() as d:
+        said = Path(d)/"port-and-secret"
+        java = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, start_new_session=True, # where Ctrl-C does not reach it
+                                env=os.environ | {"SPARK_CONNECT_MODE": "0", "_PYSPARK_DRIVER_CONN_INFO_PATH": str(said)})
+        while not said.exists():
+            if java.poll() is not None: raise PySparkRuntimeError(errorClass="JAVA_GATEWAY_EXITED", messageParameters={})
+            time.sleep(.05)
+        port, size = struct.unpack(">ii", said.read_bytes()[:8])
+        there = dict(PYSPARK_GATEWAY_PORT=str(port), PYSPARK_GATEWAY_SECRET=said.read_bytes()[8:8 + size].decode())
+    os.environ.update(there)
+    try: gateway = launch_gateway()
+    finally:
+        for name in there: del os.environ[name]
+    gateway.proc = java # its standard input is open as long as somebody knows it
+    return gateway
 
 def _context(master: str, options: dict[str, str], log: BinaryIO):
     "Spark's context at `master`, in this process's Java machine or a new one whose standard error is `log`."
