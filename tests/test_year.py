@@ -110,7 +110,7 @@ def test_a_feed_tells_each_change_once_and_never_the_future(tmp_path):
 def counted(ctr, visitors: int = 120, seed: int = 0, familiar=None) -> op.Watch:
     "A watch that has seen days with these rates of clicks, and of looks at familiar products."
     w, rng = op.Watch.__new__(op.Watch), np.random.default_rng(seed)
-    w.settings, w.windows, w.w, w.days = load_settings(), 10, op.draws(300), [date(2024, 1, 1) + timedelta(days=k) for k in range(len(ctr))]
+    w.settings, w.windows, w.w, w.days = load_settings(), 14, op.draws(300), [date(2024, 1, 1) + timedelta(days=k) for k in range(len(ctr))]
     rows = []
     for day, p, q in zip(w.days, ctr, familiar or [.6] * len(ctr)):
         shown = rng.poisson(14, visitors) + 1
@@ -132,6 +132,28 @@ def test_a_collapse_after_a_release_is_the_models_and_one_without_is_the_peoples
     assert [f.kind for f in last([.08] * 30 + [.045] * 2)] == ["concept"]
     assert [(f.kind, f.where) for f in last([.08] * 30, released=1, familiar=[.6] * 28 + [.3] * 2)] == [("concept", "demand")]
     assert last([.08] * 20 + [.02]) == []  # too few days to know what is usual
+
+
+def looks(day: date, visitors: list[str], first: int, n: int, rng) -> pl.DataFrame:
+    "Three looks of each visitor, without a list, at `n` items from `first` on, the first of them the most popular; and one from a list."
+    popular = 1 / np.arange(1, n + 1)
+    rows = [dict(visitor_id=v, event_type="view", request_id=r, item_id=f"i{first + k}") for v in visitors for r, k in zip((None, None, None, "list"), rng.choice(n, 4, p=popular / popular.sum()))]
+    return pl.DataFrame(rows, schema=dict(visitor_id=pl.String, event_type=pl.String, request_id=pl.String, item_id=pl.String))
+
+def test_what_strangers_look_at_is_no_change_of_demand():
+    "They come for other things, and are regulars four weeks later; what regulars look at is a change on its first day."
+    w, rng, began = op.Watch.__new__(op.Watch), np.random.default_rng(0), date(2024, 1, 1)
+    w.met, w.came, told = [], {}, []
+    for k in range(70):
+        day = began + timedelta(days=k)
+        events = looks(day, [f"r{v}" for v in range(50)], 100 if k == 69 else 0, 100, rng)
+        if k >= 35: events = pl.concat([events, looks(day, [f"s{v}" for v in range(50)], 50, 100, rng)])
+        said = op.demand_sums(w, events, day).select(pl.col("own", "familiar").sum()).row(0)
+        told.append((said[0], said[1] / said[0]))
+    assert [n for n, _ in told] == [150.] * 63 + [300.] * 7
+    share = [s for _, s in told]
+    assert share[0] == 0 and min(share[5:63]) > .55 and max(share[35:63]) - np.mean(share[5:35]) < .15
+    assert share[69] < .5 * np.mean(share[5:63])
 
 
 def test_quiet_days_are_quiet():

@@ -146,15 +146,18 @@ def served_places(settings: Settings, day: date) -> tuple[int, int]: # lists, pl
 # %% ../../nbs/9_operations/39_year_operator.ipynb #0765d7bb
 class Watch:
     "What the operator knows of the days so far."
-    def __init__(self, settings: Settings, windows: int = 10):
+    def __init__(self, settings: Settings, windows: int = 14):
         self.settings, self.windows, self.sums, self.w, self.days = settings, windows, pl.DataFrame(), draws(300, seed=settings.run.seed), []
         self.store, self.first = settings.data_dir/"profiles"/"own", [] # days before there is a store
-        self.met = [] # of each day: how often each item was looked at without a list
+        self.met, self.came = [], {} # of each day: how often regulars looked at each item without a list; of each visitor: the day he came first
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #66def605
 def demand_sums(watch: Watch, events: pl.DataFrame, day: date, days: int = 28, share: float = .2) -> pl.DataFrame: # day, bucket, own, familiar
-    "What known users look at without a list, and how much of it are items that were the most looked at of late."
-    own = events.filter(pl.col("event_type") == "view", pl.col("request_id").is_null(), pl.col("user_id").is_not_null())
+    "What regulars look at without a list, and how much of it are items that were the most looked at of late."
+    before = day - timedelta(days=days)
+    for v in events["visitor_id"].unique(): watch.came.setdefault(v, before if len(watch.met) < days else day) # at first everybody is a regular
+    regulars = [v for v, first in watch.came.items() if first <= before]
+    own = events.filter(pl.col("event_type") == "view", pl.col("request_id").is_null(), pl.col("visitor_id").is_in(regulars))
     top, new = pl.concat([*watch.met[-days:], pl.DataFrame(schema=dict(item_id=pl.String, n=pl.UInt32))]).group_by("item_id").agg(pl.col("n").sum()).sort("n", "item_id", descending=True), own.group_by("item_id").agg(n=pl.len())
     familiar = top.head(int(len(top) * share))["item_id"]
     watch.met.append(new)
@@ -218,10 +221,10 @@ def liked(watch: Watch, end: date, released: date | None) -> list[Finding]:
     "Do people still click, and still look for the same?"
     if len(watch.days) < 2 * (watch.windows + 1): return []
     day, fresh = str(end - timedelta(days=1)), released is not None and (end - released).days <= 2
-    one, two, own = lately(watch, CTR, end, 1, .2), lately(watch, CTR, end, 2, .1), lately(watch, FAMILIAR, end, 2, .1)
+    one, two, own = lately(watch, CTR, end, 1, .2), lately(watch, CTR, end, 2, .1), lately(watch, FAMILIAR, end, 2, .3)
     if fresh and one["verdict"] == "breached": return [Finding("quality", "lists", "critical", one["change"], -.2, day, what=f"clicks of known users {one['change']:+.0%} since the release of {released}")]
-    found = [("click", two, "clicks of known users")] * (not fresh) + [("demand", own, "looks at familiar products without a list")]
-    return [Finding("concept", where, "critical" if j["change_high"] < -.25 else "warning", j["change"], -.1, day, what=f"{words} {j['change']:+.0%}", since=str(end - timedelta(days=2))) for where, j, words in found if j["verdict"] == "breached"]
+    found = [("click", two, "clicks of known users")] * (not fresh) + [("demand", own, "looks of regulars at familiar products without a list")]
+    return [Finding("concept", where, "critical" if j["change_high"] < -.25 else "warning", j["change"], -j["limit"], day, what=f"{words} {j['change']:+.0%}", since=str(end - timedelta(days=2))) for where, j, words in found if j["verdict"] == "breached"]
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #4f7c590d
 def moved(watch: Watch, day: date) -> list[Finding]:
