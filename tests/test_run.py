@@ -191,6 +191,14 @@ def test_the_last_words_of_a_kernel_that_died_are_told(tmp_path, words, end):
     assert r.returncode == 1
     one_line(r, f"the kernel {end}", "job toy", "out of memory")
 
+def test_a_temporary_folder_whose_path_no_socket_can_have_is_named(tmp_path, monkeypatch):
+    long = tmp_path/("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    r = recsys(toy_job(tmp_path/"shop", "1"), "job", "toy")
+    assert r.returncode == 1
+    one_line(r, "its path is too long for a socket", str(long), "set TMPDIR to a shorter one")
+
 def test_two_runs_at_once_are_refused(published, shop):
     import fcntl
     with (shop/"data/.lock").open("a") as f:

@@ -170,6 +170,7 @@ def execute(notebook: Path, output: Path, parameters: dict, settings: Settings):
     os.environ.update(told)
     try:
         with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="recsys-") as place, _Guard(minutes * 60) as guard:
+            if len(os.fsencode(place)) > 90: raise RecsysError("its path is too long for a socket", f"temporary folder {place}", "set TMPDIR to a shorter one") # a socket's may have 103 bytes on macOS, 107 on Linux
             try: papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, log_output=False,
                                             kernel_manager_class=_kernels(log, guard),
                                             config=Config(KernelManager=dict(transport="ipc", ip=f"{place}/kernel")), # socket files that others cannot reach, not TCP ports; not in the shop's folder, which may be read-only
