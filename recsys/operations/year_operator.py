@@ -149,7 +149,7 @@ class Watch:
     def __init__(self, settings: Settings, windows: int = 14):
         self.settings, self.windows, self.sums, self.w, self.days = settings, windows, pl.DataFrame(), draws(300, seed=settings.run.seed), []
         self.store, self.first = settings.data_dir/"profiles"/"own", [] # days before there is a store
-        self.met, self.came = [], {} # of each day: how often regulars looked at each item without a list; of each visitor: the day he came first
+        self.met, self.came = [], {} # of each day: who looked at what without a list; of each visitor: the day he came first
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #66def605
 def demand_sums(watch: Watch, events: pl.DataFrame, day: date, days: int = 28, share: float = .2) -> pl.DataFrame: # day, bucket, own, familiar
@@ -157,11 +157,12 @@ def demand_sums(watch: Watch, events: pl.DataFrame, day: date, days: int = 28, s
     before = day - timedelta(days=days)
     for v in events["visitor_id"].unique(): watch.came.setdefault(v, before if len(watch.met) < days else day) # at first everybody is a regular
     regulars = [v for v, first in watch.came.items() if first <= before]
-    own = events.filter(pl.col("event_type") == "view", pl.col("request_id").is_null(), pl.col("visitor_id").is_in(regulars))
-    top, new = pl.concat([*watch.met[-days:], pl.DataFrame(schema=dict(item_id=pl.String, n=pl.UInt32))]).group_by("item_id").agg(pl.col("n").sum()).sort("n", "item_id", descending=True), own.group_by("item_id").agg(n=pl.len())
+    own, mine = events.filter(pl.col("event_type") == "view", pl.col("request_id").is_null()).select("visitor_id", "item_id"), pl.col("visitor_id").is_in(regulars)
+    top = pl.concat([*watch.met[-days:], own.head(0)]).filter(mine).group_by("item_id").agg(n=pl.len()).sort("n", "item_id", descending=True)
     familiar = top.head(int(len(top) * share))["item_id"]
-    watch.met.append(new)
-    return own.with_columns(day=pl.lit(day), bucket=pl.Series(bucket_of(own["visitor_id"]))).group_by("day", "bucket").agg(own=pl.len().cast(pl.Float64), familiar=pl.col("item_id").is_in(familiar.implode()).sum().cast(pl.Float64))
+    watch.met.append(own)
+    asked = own.filter(mine)
+    return asked.with_columns(day=pl.lit(day), bucket=pl.Series(bucket_of(asked["visitor_id"]))).group_by("day", "bucket").agg(own=pl.len().cast(pl.Float64), familiar=pl.col("item_id").is_in(familiar.implode()).sum().cast(pl.Float64))
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #2a6b5ea5
 def visits_in(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame: # visitor, account, department
