@@ -260,6 +260,8 @@ def test_a_short_year_before_the_real_service(project, tmp_path):
     assert (outage["found"], outage["delay_days"], outage["right"]) == (True, 1, True)
     assert (feed["found"], feed["delay_days"], feed["right"], feed["contained"]) == (True, 0, True, True)
     assert all(n["gate"].partition(":")[0] in ("first", "passed", "refused") and 0 < n["gate_cpu"] < n["cpu"] for n in y["nights"] if n["passed"]), "asked each night, and not obeyed"
+    again = bl.run_year("loop", TINY, project, tmp_path/"again", script)
+    assert all(again[what] == y[what] for what in ("days", "findings", "decisions", "actions")), "the same year once more, whatever the machine does"
     s = op.year_settings(project, tmp_path/"loop")
     kept = [json.loads(l) for l in (s.data_dir/"decisions.jsonl").read_text().splitlines()]
     assert [d["action"] for d in kept] == [d["action"] for d in y["decisions"]] and len(kept) == 7

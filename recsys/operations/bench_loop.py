@@ -13,6 +13,7 @@ import os, shutil, threading, time, traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date, datetime, timedelta, timezone
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,9 @@ from .runner import package_digest, run_lock
 from .simulated_clock import Clock, _end_with
 from .year import Line, Plan, asking, begin_day, feed_of, new_visit, open_shop, oracle_of, play_history, play_hour, posting, serving, visits_of
 from .year_operator import Watch, arrived, learn, liked, look, moved, publish_night, spoil, whole_catalogue, year_settings
+from ..serving import intraday
 from ..serving.fallback import set_fallback
+from ..serving.state import open_state
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #cc7c6c46
 POLICIES = ("never", "loop", "daily", "oracle")
@@ -106,6 +109,11 @@ class Keeper:
         feed_of(self.w, plan.history, self.told)
         self.watch, self.watch_cpu, self.events, self.actions = Watch(self.settings), 0., [], []
 
+    @cached_property
+    def today(self) -> intraday.Keeper:
+        "Who makes the version of the day."
+        return intraday.Keeper(self.settings, bundles(self.settings), open_state(self.settings))
+
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #a0ec887d
 def night(k: Keeper, day: int, why: str, refresh: bool = False):
     "Learn and publish; with `refresh` the ranker stays."
@@ -174,13 +182,16 @@ def play_day(k: Keeper, day: int, line: Line | None, clock: Clock | None) -> dic
     return account
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #b71a5052
-def _settled(k: Keeper, line: Line, seconds: float = 30):
-    "Wait until the service serves what is promoted, at the level that was decided."
-    want, level, until = serves(k.settings), k.decisions[-1].fallback if k.decisions else 0, time.monotonic() + seconds
+def _settled(k: Keeper, line: Line, clock: Clock, seconds: float = 30):
+    "Make the version of the day, and wait until the service serves that or what is promoted, at the level that was decided."
+    if k.today.take_over(): k.today.make()
+    night = serves(k.settings)
+    want, level, until = (intraday.day_of_night(intraday.day_folder(k.settings), night) or Path(night)).name, k.decisions[-1].fallback if k.decisions else 0, time.monotonic() + seconds
     while time.monotonic() < until:
+        clock.settle()
         body, = line.send("/v1/recommend", [dict(n=5)])
         said = msgspec.json.decode(body) if body else {}
-        if said.get("model_version", "").partition("~")[0] == want and (said["fallback_level"] >= level and said["degraded"] if level else not said["degraded"]): return
+        if said.get("model_version") == want and (said["fallback_level"] >= level and said["degraded"] if level else not said["degraded"]): return
         time.sleep(.1)
     raise RecsysError(f"the service does not take over version {want}", str(k.folder), "see its lines above")
 
@@ -197,7 +208,7 @@ def _one_day(k: Keeper, day: int, line: Line, clock: Clock):
     if day and k.policy == "loop": morning(k, day)
     if day and k.policy == "daily": night(k, day, "every night")
     if k.policy == "loop" and on(k.script, "model", day): spoil(k.settings, "published by hand, past the gate"); k.released = k.plan.midnight(day).date(); k.actions.append(dict(day=day, what="bad model", said="published by hand, past the gate"))
-    _settled(k, line)
+    _settled(k, line, clock)
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #6b353c1d
 def run_year(policy: str, plan: Plan, base: Settings, folder: str | Path, script: list[Shock], until: int | None = None, say=lambda note: None) -> dict: # until: days that are played, None: all

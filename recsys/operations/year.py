@@ -198,7 +198,9 @@ def play_hour(w: SimpleNamespace, at: float, visits: list, ask, post, clock=None
     said, worth, waiting, turn = dict(lists=0, worth=0., best=0.), np.empty(w.items), visits, 0
     while waiting:
         moment, events, asking = at + 90 * turn, [], []
-        if clock: clock.set(moment)
+        if clock:
+            clock.set(moment)
+            if not turn: clock.settle() # what is in demand is as old as the hour
         for v in waiting:
             v.now[TS] = max(v.now[TS], int(moment * 1e6))
             if _walk(v.now, w.shelf, w.people, w.knobs, w.log, v.cart, v.rng): asking.append(v)
@@ -243,13 +245,14 @@ class Line:
         self.failed += 1
         if len(self.refused) < 20: self.refused.append(f"{path}: {status} {body[:200].decode(errors='replace')}")
 
-    def send(self, path: str, bodies: list, method: str = "POST") -> list: # bodies of the answers, None: it failed
-        "Send many, get as many answers."
+    def send(self, path: str, bodies: list, method: str = "POST", ids: list[str] | None = None) -> list: # bodies of the answers, None: it failed
+        "Send many, get as many answers; `ids` name the requests."
         if time.monotonic() - self.used > self.rest: self.sock.close(); self.open()
         head, found = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: ", []
         for k in range(0, len(bodies), self.most):
             texts = [msgspec.json.encode(b) for b in bodies[k:k + self.most]]
-            self.sock.sendall(b"".join(f"{head}{len(t)}\r\n\r\n".encode() + t for t in texts))
+            more = [f"\r\nx-request-id: {i}" for i in ids[k:k + self.most]] if ids else [""] * len(texts)
+            self.sock.sendall(b"".join(f"{head}{len(t)}{m}\r\n\r\n".encode() + t for t, m in zip(texts, more)))
             found += [self._answer(path) for _ in texts]
         self.used = time.monotonic()
         return found
@@ -285,7 +288,8 @@ def asking(line: Line, seen: dict):
     "`ask` over a line; counts degraded answers, and answers by version, in `seen`."
     def ask(visits, questions):
         found = []
-        for v, body in zip(visits, line.send("/v1/recommend", questions)):
+        names = [f"visit-{v.number}-{len(v.requests)}" for v in visits] # what a list explores depends on its request's name
+        for v, body in zip(visits, line.send("/v1/recommend", questions, ids=names)):
             a = _ANSWER.decode(body) if body else _Answer(f"none-{v.number}-{len(v.requests)}", [], "none", True, 9)
             seen["degraded"] = seen.get("degraded", 0) + a.degraded
             seen[a.model_version] = seen.get(a.model_version, 0) + 1

@@ -135,12 +135,13 @@ def day_events(settings: Settings, day: date) -> pl.DataFrame:
 class _Shown(Struct):
     at: float
     items: list[list]
+    visitor_id: str | None = None
 
 def served_places(settings: Settings, day: date) -> tuple[int, int]: # lists, places
-    "How much the service says that it has served on a day."
+    "How much the service says that it has served to visitors on a day."
     files = [f for d in (day, day + timedelta(days=1)) for f in (settings.data_dir/"served"/f"day={d}").glob("*.jsonl")] # what is written at midnight lies in the next folder
     begin = datetime(day.year, day.month, day.day, tzinfo=timezone.utc).timestamp()
-    found = [r for f in files for l in f.read_bytes().splitlines(True) if l.endswith(b"\n") for r in [msgspec.json.decode(l, type=_Shown)] if begin <= r.at < begin + 86400]
+    found = [r for f in files for l in f.read_bytes().splitlines(True) if l.endswith(b"\n") for r in [msgspec.json.decode(l, type=_Shown)] if begin <= r.at < begin + 86400 and r.visitor_id]
     return len(found), sum(len(r.items) for r in found)
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #0765d7bb

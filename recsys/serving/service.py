@@ -325,12 +325,12 @@ def _follow_all(service: Service):
     if follow(service.variants, service.engine.bundle.folder.name, lambda knobs, rules: _variant(service, knobs, rules)):
         for engine in _engines(service)[1:]: _stock(service, service.live.copy(), engine); _learned(service, engine)  # what came in between
 
-def keep_up(service: Service, beat: float = .25):
+def keep_up(service: Service, beat: float = .25, wait=None): # wait: waits for a beat, and says whether it is over; None: in true time
     "Until the service is closed: follow the live items, the demand, the promoted version and the experiments; roll the log and sweep the state from time to time."
     following = roll = threading.Thread()
     dated = _dated(service.live)
-    beats, tidy = 0, max(1, int(service.settings.log.roll_minutes * 60 / beat))
-    while not service.stopped.wait(beat):
+    beats, tidy, wait = 0, max(1, int(service.settings.log.roll_minutes * 60 / beat)), wait or service.stopped.wait
+    while not wait(beat):
         beats += 1
         try:
             new, engines = _items(service), _engines(service)
