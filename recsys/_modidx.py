@@ -3037,8 +3037,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'recsys/operations/bench_loop.py'),
                                               'recsys.operations.bench_loop.Keeper.__init__': ( '9_operations/bench_loop.html#keeper.__init__',
                                                                                                 'recsys/operations/bench_loop.py'),
-                                              'recsys.operations.bench_loop.Keeper.today': ( '9_operations/bench_loop.html#keeper.today',
-                                                                                             'recsys/operations/bench_loop.py'),
                                               'recsys.operations.bench_loop.Shock': ( '9_operations/bench_loop.html#shock',
                                                                                       'recsys/operations/bench_loop.py'),
                                               'recsys.operations.bench_loop._account': ( '9_operations/bench_loop.html#_account',

@@ -380,9 +380,10 @@ def test_nothing_of_java_reaches_the_terminal(tmp_path):
 @needs_java
 def test_java_starts_in_no_fork(tmp_path):
     "What libraries run in a forked child (gRPC's threads) ended some of them before they were Java."
-    script = "import os\nos.register_at_fork(before=lambda: print('forked'))\n" + ASK + "\nelse: print('started')"
-    found = subprocess.run([sys.executable, "-c", script, "local[1]"], capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert found.returncode == 0 and found.stdout.strip() == "started", found.stdout + found.stderr
+    script = "import os\nos.register_at_fork(before=lambda: print('forked'))\n" + ASK + "\nelse:\n    from pyspark import SparkContext\n    print('started', SparkContext.getOrCreate().getConf().get('spark.own.asked'))"
+    asked = {**os.environ, "PYSPARK_SUBMIT_ARGS": "--conf spark.own.asked=yes pyspark-shell"} # as with pyspark's own start
+    found = subprocess.run([sys.executable, "-c", script, "local[1]"], capture_output=True, text=True, timeout=240, cwd=tmp_path, env=asked)
+    assert found.returncode == 0 and found.stdout.strip() == "started yes", found.stdout + found.stderr
 
 @needs_pyspark
 @needs_java

@@ -158,7 +158,7 @@ def test_what_strangers_look_at_is_no_change_of_demand():
 
 def test_quiet_days_are_quiet():
     "False alarms of both questions on 150 windows without any change."
-    hits = sum(bool(last([.08] * 26, released, seed)) for seed in range(75) for released in (None, 1))
+    hits = sum(bool(last([.08] * 32, released, seed)) for seed in range(75) for released in (None, 1))
     assert hits <= 3
 
 

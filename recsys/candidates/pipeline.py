@@ -8,7 +8,7 @@ __all__ = ['SHARD', 'BYTES_PER_EVENT', 'BYTES_PER_ID', 'COUNTED', 'SIDES', 'PAIR
            'read_table', 'feature_store']
 
 # %% ../../nbs/3_candidates/08_pipeline.ipynb #1b4d6fc4
-import os, re, shutil, socket, struct, subprocess, tempfile, time
+import os, re, shlex, shutil, socket, struct, subprocess, tempfile, time
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
@@ -100,11 +100,12 @@ def _words(log: BinaryIO) -> list[str]:
     return [l for l in log.read().decode(errors="replace").splitlines() if ("Exception" in l or "rror" in l) and not l.startswith("\tat ")]
 
 def _java(memory, log: BinaryIO):
-    "The gateway to a new Java machine, which ends when its standard input does; `PySparkRuntimeError` if it leaves before that."
+    "The gateway to a new Java machine, which ends when its standard input does; to the one that is there if spark-submit started this process. `PySparkRuntimeError` if it leaves before that."
     from pyspark.errors import PySparkRuntimeError
     from pyspark.find_spark_home import _find_spark_home
     from pyspark.java_gateway import launch_gateway
-    command = [f"{_find_spark_home()}/bin/spark-submit", *(a for k, v in memory.getAll() for a in ("--conf", f"{k}={v}")), "pyspark-shell"]
+    if "PYSPARK_GATEWAY_PORT" in os.environ: return launch_gateway()
+    command = [f"{_find_spark_home()}/bin/spark-submit", *(a for k, v in memory.getAll() for a in ("--conf", f"{k}={v}")), *shlex.split(os.environ.get("PYSPARK_SUBMIT_ARGS", "pyspark-shell"))]
     with tempfile.TemporaryDirectory() as d:
         said = Path(d)/"port-and-secret"
         java = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, start_new_session=True, # where Ctrl-C does not reach it

@@ -12,8 +12,8 @@ __all__ = ['POLICIES', 'EVERY', 'SCRIPT', 'SIGNS', 'RIGHT', 'AFTER', 'WORDS', 'S
 import os, shutil, threading, time, traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from datetime import date, datetime, timedelta, timezone
-from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -109,11 +109,6 @@ class Keeper:
         feed_of(self.w, plan.history, self.told)
         self.watch, self.watch_cpu, self.events, self.actions = Watch(self.settings), 0., [], []
 
-    @cached_property
-    def today(self) -> intraday.Keeper:
-        "Who makes the version of the day."
-        return intraday.Keeper(self.settings, bundles(self.settings), open_state(self.settings))
-
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #a0ec887d
 def night(k: Keeper, day: int, why: str, refresh: bool = False):
     "Learn and publish; with `refresh` the ranker stays."
@@ -182,9 +177,9 @@ def play_day(k: Keeper, day: int, line: Line | None, clock: Clock | None) -> dic
     return account
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #b71a5052
-def _settled(k: Keeper, line: Line, clock: Clock, seconds: float = 30):
+def _settled(k: Keeper, line: Line, clock: Clock, helper: intraday.Keeper, seconds: float = 30):
     "Make the version of the day, and wait until the service serves that or what is promoted, at the level that was decided."
-    if k.today.take_over(): k.today.make()
+    if helper.take_over(): helper.make()
     night = serves(k.settings)
     want, level, until = (intraday.day_of_night(intraday.day_folder(k.settings), night) or Path(night)).name, k.decisions[-1].fallback if k.decisions else 0, time.monotonic() + seconds
     while time.monotonic() < until:
@@ -196,7 +191,7 @@ def _settled(k: Keeper, line: Line, clock: Clock, seconds: float = 30):
     raise RecsysError(f"the service does not take over version {want}", str(k.folder), "see its lines above")
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #d590938b
-def _one_day(k: Keeper, day: int, line: Line, clock: Clock):
+def _one_day(k: Keeper, day: int, line: Line, clock: Clock, helper: intraday.Keeper):
     "Morning, deliveries, visits."
     clock.set(k.plan.midnight(day).timestamp())
     if (s := on(k.script, "concept", day)) and s.day == day: new_taste(k.w, s.size)
@@ -208,7 +203,7 @@ def _one_day(k: Keeper, day: int, line: Line, clock: Clock):
     if day and k.policy == "loop": morning(k, day)
     if day and k.policy == "daily": night(k, day, "every night")
     if k.policy == "loop" and on(k.script, "model", day): spoil(k.settings, "published by hand, past the gate"); k.released = k.plan.midnight(day).date(); k.actions.append(dict(day=day, what="bad model", said="published by hand, past the gate"))
-    _settled(k, line, clock)
+    _settled(k, line, clock, helper)
 
 # %% ../../nbs/9_operations/32_bench_loop.ipynb #6b353c1d
 def run_year(policy: str, plan: Plan, base: Settings, folder: str | Path, script: list[Shock], until: int | None = None, say=lambda note: None) -> dict: # until: days that are played, None: all
@@ -221,10 +216,10 @@ def run_year(policy: str, plan: Plan, base: Settings, folder: str | Path, script
         return _account(k, 0, 0, time.monotonic() - began)
     clock = Clock(k.folder/"clock", plan.midnight(0).timestamp())
     night(k, 0, "the first model")
-    with serving(k.settings, bundles(k.settings), clock) as (port, _):
-        line = Line(port)
+    with serving(k.settings, bundles(k.settings), clock) as (port, _), closing(open_state(k.settings)) as state:
+        line, helper = Line(port), intraday.Keeper(k.settings, bundles(k.settings), state)
         for day in range(until):
-            _one_day(k, day, line, clock); play_day(k, day, line, clock); say(f"{policy}: day {day + 1} of {until}")
+            _one_day(k, day, line, clock, helper); play_day(k, day, line, clock); say(f"{policy}: day {day + 1} of {until}")
     return _account(k, line.asked, line.failed, time.monotonic() - began, line.refused)
 
 def _account(k: Keeper, asked: int, failed: int, seconds: float, refused=()) -> dict:
