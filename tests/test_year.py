@@ -1,5 +1,5 @@
 "The simulated year: visitors who are the same whatever is sold, a clock that the service believes, shocks, findings and the judgement; a short year through the real service."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, threading, time
 from datetime import date, datetime, timedelta, timezone
 
 import numpy as np
@@ -81,6 +81,21 @@ def test_the_clock_is_believed_by_processes_that_are_spawned(tmp_path):
     code = "import sys, time; from recsys.operations.simulated_clock import Clock, believe; believe(Clock(sys.argv[1])); t = time.time(); m = time.monotonic(); time.sleep(.05); print(t == time.time(), time.monotonic() > m, t)"
     out = subprocess.run([sys.executable, "-c", code, str(clock.path)], capture_output=True, text=True, check=True).stdout.split()
     assert out == ["True", "True", str(clock.now())]
+
+
+def test_each_hour_waits_until_the_service_has_kept_up(tmp_path):
+    "Once, however often its visitors ask; here a thread keeps up, as the service's does."
+    w, coming = world(1, tmp_path)
+    at, stopped, beats = w.plan.midnight(0).timestamp(), threading.Event(), []
+    clock = Clock(tmp_path/"clock", at)
+    def keep_up():
+        wait, then = Clock(clock.path).pace(stopped), Clock(clock.path)
+        while not wait(.25): beats.append(then.now())
+    thread = threading.Thread(target=keep_up); thread.start()
+    try:
+        for hour in range(2): yr.play_hour(w, at + 3600 * hour, [yr.new_visit(w, n, at, p, b) for n, (_, p, b) in enumerate(coming)], yr.oracle_of(w), lambda events: None, clock)
+    finally: stopped.set(); thread.join()
+    assert beats == [at] * 8 + [at + 3600] * 8 and clock.now() > at + 3600, "the last page of a visit is asked for later"
 
 
 def test_the_service_ends_with_whoever_plays(tmp_path):
@@ -263,6 +278,8 @@ def test_a_short_year_before_the_real_service(project, tmp_path):
     again = bl.run_year("loop", TINY, project, tmp_path/"again", script)
     assert all(again[what] == y[what] for what in ("days", "findings", "decisions", "actions")), "the same year once more, whatever the machine does"
     s = op.year_settings(project, tmp_path/"loop")
+    lists = [json.loads(l) for p in sorted((s.data_dir/"served").rglob("*.jsonl")) for l in p.read_text().splitlines()]
+    assert sum(d["lists"] for d in y["days"]) == sum(r["request_id"].startswith("visit-") for r in lists), "the player names the requests: what is explored depends on it"
     kept = [json.loads(l) for l in (s.data_dir/"decisions.jsonl").read_text().splitlines()]
     assert [d["action"] for d in kept] == [d["action"] for d in y["decisions"]] and len(kept) == 7
     assert [r.version.endswith("-bad") for r in releases(s)][-1] and y["days"][-1]["version"].endswith("-bad")
