@@ -17,7 +17,7 @@ from recsys.operations.registry import releases
 from recsys.operations.simulated_clock import Clock
 from shop import make_shop
 
-TINY = yr.Plan(days=8, history=28, visits=60, items=60, users=80, hours=4)
+TINY = yr.Plan(days=8, history=35, visits=60, items=60, users=80, hours=4)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,17 @@ def test_its_interval_covers_what_is_true():
     assert inside >= 85
 
 
+@pytest.mark.parametrize("ndcg, high, published", [(.2, -.05, True), (.15, -.19, True), (.05, -.21, False)])
+def test_a_night_is_refused_only_if_it_is_broken(ndcg, high, published, project, tmp_path, monkeypatch):
+    "The best baseline has .4; worse than that is no reason, less than half of it for certain is one."
+    asked = []
+    monkeypatch.setattr(op, "publish", lambda *args: asked.append(args) or (_ for _ in ()).throw(InterruptedError))
+    night = op.Night("2024-01-01", ndcg=ndcg, best=.4, low=high - .1, high=high)
+    try: said = op.publish_night(op.year_settings(project, tmp_path/"shop"), night, {}, "tried").said
+    except InterruptedError: said = "was to be published"
+    assert night.passed is published and bool(asked) is published and (published or "refused by the gate" in said)
+
+
 def test_shocks_are_spread_over_any_year_and_none_is_lost():
     for days in (7, 12, 100, 365): assert [s.kind for s in bl.script_of(days)] == [k for k, *_ in bl.SCRIPT] and all(0 < s.day < days for s in bl.script_of(days))
 
@@ -280,6 +291,8 @@ def test_a_short_year_before_the_real_service(project, tmp_path):
     s = op.year_settings(project, tmp_path/"loop")
     lists = [json.loads(l) for p in sorted((s.data_dir/"served").rglob("*.jsonl")) for l in p.read_text().splitlines()]
     assert sum(d["lists"] for d in y["days"]) == sum(r["request_id"].startswith("visit-") for r in lists), "the player names the requests: what is explored depends on it"
+    drawn = [sum(chance < 1 for _, _, chance, _ in r["items"]) for r in lists if "-bad" not in r["model_version"]]
+    assert drawn and set(drawn) == {2}, "the shop explores two places of each list, and the log says how likely they were"
     kept = [json.loads(l) for l in (s.data_dir/"decisions.jsonl").read_text().splitlines()]
     assert [d["action"] for d in kept] == [d["action"] for d in y["decisions"]] and len(kept) == 7
     assert [r.version.endswith("-bad") for r in releases(s)][-1] and y["days"][-1]["version"].endswith("-bad")

@@ -71,7 +71,8 @@ def live_table(log: pl.LazyFrame, features: tuple, entity: str, n: int, moments:
     "`features` of one entity, float32 [moments, n, features], for the codes 0..n-1 as of each moment (epoch s)."
     program, t = compiled([f.formula for f in features]), np.repeat(np.array(moments, np.int64), n)
     rows = pl.LazyFrame({"row": np.arange(len(t)), "t": t, entity: np.tile(np.arange(n), len(moments))})
-    sums = sums_at(nw.from_native(log), nw.from_native(rows), program.aggregates).to_native().sort("row").drop("row").collect().to_numpy()
+    once = log.cache()  # it is looked at once for each window, and otherwise made as often
+    sums = sums_at(nw.from_native(once), nw.from_native(rows), program.aggregates).to_native().sort("row").drop("row").collect().to_numpy()
     return finish(program, sums, t).reshape(len(moments), n, len(features))
 
 # %% ../../nbs/2_features/06_build.ipynb #ab00f9d5
@@ -110,7 +111,8 @@ def _live_of(features: tuple):
     program = compiled([f.formula for f in features])
     def compute(log: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
         numbered = rows.with_columns(row=pl.int_range(pl.len()))
-        sums = sums_at(with_marks(nw.from_native(log.lazy())), nw.from_native(numbered.lazy()), program.aggregates).to_native().sort("row").drop("row").collect()
+        marked = with_marks(nw.from_native(log.lazy())).to_native().cache()
+        sums = sums_at(nw.from_native(marked), nw.from_native(numbered.lazy()), program.aggregates).to_native().sort("row").drop("row").collect()
         return pl.DataFrame(finish(program, sums.to_numpy(), rows["t"].to_numpy()), schema=dict.fromkeys([f.name for f in features], pl.Float32))
     return compute
 
