@@ -145,6 +145,7 @@ def last(ctr, released=None, seed: int = 0, familiar=None):
 def test_a_collapse_after_a_release_is_the_models_and_one_without_is_the_peoples():
     assert [f.kind for f in last([.08] * 30 + [.03], released=0)] == ["quality"]
     assert [f.kind for f in last([.08] * 30 + [.045] * 2)] == ["concept"]
+    assert [(f.kind, f.where) for f in last([.08] * 30 + [.04] * 2, released=0)] == [("concept", "click")], "they had stopped clicking before the release"
     assert [(f.kind, f.where) for f in last([.08] * 30, released=1, familiar=[.6] * 28 + [.3] * 2)] == [("concept", "demand")]
     assert last([.08] * 20 + [.02]) == []  # too few days to know what is usual
 
@@ -291,7 +292,7 @@ def test_a_short_year_before_the_real_service(project, tmp_path):
     s = op.year_settings(project, tmp_path/"loop")
     lists = [json.loads(l) for p in sorted((s.data_dir/"served").rglob("*.jsonl")) for l in p.read_text().splitlines()]
     assert sum(d["lists"] for d in y["days"]) == sum(r["request_id"].startswith("visit-") for r in lists), "the player names the requests: what is explored depends on it"
-    drawn = [sum(chance < 1 for _, _, chance, _ in r["items"]) for r in lists if "-bad" not in r["model_version"]]
+    drawn = [sum(chance < 1 for _, _, chance, _ in r["items"]) for r in lists]
     assert drawn and set(drawn) == {2}, "the shop explores two places of each list, and the log says how likely they were"
     kept = [json.loads(l) for l in (s.data_dir/"decisions.jsonl").read_text().splitlines()]
     assert [d["action"] for d in kept] == [d["action"] for d in y["decisions"]] and len(kept) == 7

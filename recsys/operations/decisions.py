@@ -231,7 +231,7 @@ def _other(findings, calls, past: Past, policy: Policy) -> tuple[str, str]:
     waits = past.learned and past.learned[-1][0] + timedelta(days=policy.cooldown_days) > past.today
     if waits and (causes or calls["ask"]): return "nothing", f"waits for the {past.learned[-1][1].action} of {past.learned[-1][0]} to show: {_names(causes + calls['ask'])}"
     spent = within_week(past, [d for d, l in past.learned if l.action == "retrain"]) >= policy.retrains_per_week
-    if learn != "nothing" and not (spent and learn == "retrain"): return learn, f"{learn}s because of {_names(causes)}"
+    if learn != "nothing" and not (spent and learn == "retrain"): return learn, f"{dict(retrain='retrains', refresh='refreshes')[learn]} because of {_names(causes)}"
     if calls["ask"]: return "ask", f"asks about {_names(calls['ask'])}"
     if causes and any(f.severity == "critical" for f in causes): return "ask", f"asks, since the budget of retrainings is used up: {_names(causes)}"
     if causes: return "nothing", f"the budget of retrainings of the week is used up: {_names(causes)}"

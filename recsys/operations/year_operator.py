@@ -235,6 +235,7 @@ def liked(watch: Watch, end: date, released: date | None) -> list[Finding]:
     "Do people still click, and still look for the same?"
     if len(watch.days) < 2 * (watch.windows + 1): return []
     day, fresh = str(end - timedelta(days=1)), released is not None and (end - released).days <= 2
+    if fresh: fresh = lately(watch, CTR, released, 1, .1)["verdict"] != "breached" # else they had stopped clicking before it
     one, two, own = lately(watch, CTR, end, 1, .2), lately(watch, CTR, end, 2, .1), lately(watch, FAMILIAR, end, 2, .3)
     if fresh and one["verdict"] == "breached": return [Finding("quality", "lists", "critical", one["change"], -.2, day, what=f"clicks of known users {one['change']:+.0%} since the release of {released}")]
     found = [("click", two, "clicks of known users")] * (not fresh) + [("demand", own, "looks of regulars at familiar products without a list")]
@@ -257,6 +258,6 @@ def spoil(settings: Settings, why: str) -> str:
     (out/"ranker.txt").write_text(re.sub(r"(?m)^tree_sizes=.*\n", "", text), encoding="utf-8")
     name = f"{now.folder.name}-bad"
     if (bundles(settings)/name).exists(): remove(bundles(settings)/name)
-    write_bundle(bundles(settings), name, [now.folder/"state"], out/"ranker.txt", now.items, pl.Series(list(now.user_codes)), {k: v for k, v in now.manifest.items() if k not in ("files", "version")})
+    write_bundle(bundles(settings), name, [now.folder/"state"], out/"ranker.txt", now.items, pl.Series(list(now.user_codes)), {k: v for k, v in now.manifest.items() if k not in ("files", "version")}, now.folder/"rules.toml")
     promote(settings, name, why=why, anyway=True)
     return name
