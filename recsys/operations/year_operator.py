@@ -236,10 +236,10 @@ def liked(watch: Watch, end: date, released: date | None) -> list[Finding]:
     if len(watch.days) < 2 * (watch.windows + 1): return []
     day, fresh = str(end - timedelta(days=1)), released is not None and (end - released).days <= 2
     if fresh: fresh = lately(watch, CTR, released, 1, .1)["verdict"] != "breached" # else they had stopped clicking before it
-    one, two, own = lately(watch, CTR, end, 1, .2), lately(watch, CTR, end, 2, .1), lately(watch, FAMILIAR, end, 2, .3)
+    one, two, own = lately(watch, CTR, end, 1, .2), lately(watch, CTR, end, 2, .3), lately(watch, FAMILIAR, end, 2, .3)
     if fresh and one["verdict"] == "breached": return [Finding("quality", "lists", "critical", one["change"], -.2, day, what=f"clicks of known users {one['change']:+.0%} since the release of {released}")]
     found = [("click", two, "clicks of known users")] * (not fresh) + [("demand", own, "looks of regulars at familiar products without a list")]
-    return [Finding("concept", where, "critical" if j["change_high"] < -.25 else "warning", j["change"], -j["limit"], day, what=f"{words} {j['change']:+.0%}", since=str(end - timedelta(days=2))) for where, j, words in found if j["verdict"] == "breached"]
+    return [Finding("concept", where, "critical", j["change"], -j["limit"], day, what=f"{words} {j['change']:+.0%}", since=str(end - timedelta(days=2))) for where, j, words in found if j["verdict"] == "breached"]
 
 # %% ../../nbs/9_operations/39_year_operator.ipynb #4f7c590d
 def moved(watch: Watch, day: date) -> list[Finding]:
