@@ -146,6 +146,7 @@ def test_a_collapse_after_a_release_is_the_models_and_one_without_is_the_peoples
     assert [f.kind for f in last([.08] * 30 + [.03], released=0)] == ["quality"]
     assert [f.kind for f in last([.08] * 30 + [.045] * 2)] == ["concept"]
     assert [(f.kind, f.where) for f in last([.08] * 30 + [.04] * 2, released=0)] == [("concept", "click")], "they had stopped clicking before the release"
+    assert not any(last([.08] * 30 + [.062] * 2, seed=k) for k in range(5)), "a fall of a fifth is no change of taste, for certain or not"
     assert [(f.kind, f.where) for f in last([.08] * 30, released=1, familiar=[.6] * 28 + [.3] * 2)] == [("concept", "demand")]
     assert last([.08] * 20 + [.02]) == []  # too few days to know what is usual
 
