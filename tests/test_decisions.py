@@ -113,6 +113,12 @@ def test_a_word_that_lets_something_through_is_among_what_would_have_changed_it(
     d = decide([Finding(kind, "price", "critical", 1., .02, "2026-01-01", word=word)], [], USUAL, "2026-01-01")
     assert d.action == "nothing" and [(c.had, c.action) for c in d.would_have_changed] == [(f"nobody said '{word}' of {kind}:price", USUAL.critical[kind])]
 
+def test_what_is_learned_is_said_in_words():
+    "One finding, on record for as many days as a warning needs, for each of the two ways to learn."
+    for kind, verb in (("concept", "retrains"), ("data", "refreshes")):
+        said = played([(1, [Finding(kind, "price", "warning", 1., .02, "2026-01-01")])] * USUAL.persist_days, USUAL)[-1]
+        assert said.action == USUAL.warning[kind] and said.because.startswith(f"{verb} because of {kind}:price"), said
+
 @given(st.lists(findings, max_size=4), policies)
 def test_what_does_not_change_is_decided_once(found, policy):
     "A stream of the same findings falls back at most once and then stays; without findings nothing is done at all."
